@@ -13,7 +13,9 @@ from tests.data import tiny
 from tests.data.test_pretrained import write_gguf
 from tests.studies import QUICKSTART, Done, tuner
 from tuner.api.check import FEW_EXAMPLES, noise_remarks
+from tuner.api.new import write_first_command
 from tuner.config import RoundSpec, load_round
+from tuner.errors import InputError
 from tuner.records import Evaluation
 
 BASE = QUICKSTART / "base"
@@ -176,6 +178,20 @@ def test_what_was_in_the_folder_stays(tmp_path: Path) -> None:
     (mine / "notes.txt").write_text("mine")
     assert new(tmp_path, RIVERS[:1]).returncode == 2
     assert [path.name for path in mine.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_command_that_cannot_be_written_leaves_nothing(tmp_path: Path, is_there: bool) -> None:
+    (tmp_path / "dpo.yaml").write_text("beta: 0.1\n")
+    if is_there:
+        (tmp_path / "mine").mkdir()
+    for tool, settings in (("bogus", ()), ("trl", ("nosuch=3",))):
+        with pytest.raises(InputError, match=r"expects none|nosuch: unknown"):
+            write_first_command(tmp_path / "mine", tool=tool, config=tmp_path / "dpo.yaml", settings=settings)
+    assert not any((tmp_path / "mine").glob("*"))
+    assert (tmp_path / "mine").exists() == is_there
+    with pytest.raises(InputError, match="cannot be written"):
+        write_first_command(tmp_path / "dpo.yaml" / "mine", tool="trl", config=tmp_path / "dpo.yaml")
 
 
 def evaluation(num_examples: int, *, spread: float) -> Evaluation:

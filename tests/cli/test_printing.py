@@ -173,3 +173,9 @@ def read_until(terminal: int, wanted: str | None, *, seconds: float) -> str:
             break
         written += piece
     return written.decode()
+
+
+def test_a_stream_that_was_closed_takes_what_is_written() -> None:
+    stream = printing.outliving(None)
+    print("said", file=stream, flush=True)
+    assert not stream.isatty()

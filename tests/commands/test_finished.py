@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from tests import studies
 from tuner.commands.finished import read_runs
 from tuner.errors import InputError
 from tuner.records import LOSS, Direction, Objective
+from tuner.store import hold_study
+from tuner.study.imported import Said, import_runs
 
 RECORDED = Path(__file__).parent / "finished_runs"
 DIAGNOSIS = "undetermined"
@@ -109,6 +113,32 @@ def test_a_folder_of_eight_runs_becomes_a_round_and_is_only_read(tmp_path: Path)
         assert "target_modules: [[q_proj, v_proj]]\n" in (tmp_path / "study" / f"{name}.yaml").read_text()
     refused = tuner(tmp_path / "study", "study", "check", "round2.yaml", code=2)
     assert "write the command that trains a trial" in refused
+
+
+@pytest.mark.parametrize("failure", ["disk", "lock"])
+def test_an_import_that_fails_leaves_nothing(
+    tmp_path: Path, failure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer_folder(tmp_path / "run", 0.001)
+    directory = tmp_path / "study"
+    directory.mkdir()
+
+    def imported() -> None:
+        import_runs(directory, read_runs([tmp_path / "run"], LOSS), Said(), clock=lambda: 1e9)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as failing, ExitStack() as held:
+        if failure == "disk":
+            failing.setattr("tuner.study.imported.written_whole", full)
+        else:
+            storage = f"sqlite:///{directory}/tuner.db"
+            held.enter_context(hold_study(directory, storage, "study"))
+        with pytest.raises(InputError, match=r"No space left|is being run by"):
+            imported()
+    assert list(directory.iterdir()) == []
+    imported()
 
 
 def test_eight_runs_of_trl_that_no_one_prepared(tmp_path: Path) -> None:
@@ -328,7 +358,9 @@ def test_json_lines_and_tables(tmp_path: Path) -> None:
     [
         ("a.jsonl", "step 5\n", "line 1: is not JSON"),
         ("a.jsonl", '{"step": 5, "loss": 1.0}\n', "no evaluation of eval_loss"),
+        ("a.jsonl", '\n{"hyperparameters": [8]}\n', "line 2: hyperparameters: expects values by name"),
         ("a.csv", "loss\n1\n", "has no column step"),
+        ("a.csv", f"step,eval_loss\n5,{'9' * 200_000}\n", "is not a CSV file: field larger than"),
     ],
 )
 def test_what_cannot_be_read_says_where(tmp_path: Path, name: str, text: str, said: str) -> None:
@@ -336,6 +368,24 @@ def test_what_cannot_be_read_says_where(tmp_path: Path, name: str, text: str, sa
     with pytest.raises(InputError, match=said):
         read_runs([tmp_path / name], LOSS)
     with pytest.raises(InputError, match=r"trainer_state\.json"):
+        read_runs([tmp_path], LOSS)
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"log_history": None}, "log_history: expects a list of JSON objects"),
+        ({"log_history": [{"step": 5, "eval_loss": 1.0}, 3]}, "log_history: expects a list of JSON objects"),
+        ({"log_history": [{"step": math.nan, "learning_rate": 0.1, "loss": 1.0}]}, "step: expects a whole"),
+        ({"log_history": [], "max_steps": "ten"}, "max_steps: expects a whole number, got 'ten'"),
+        ({"log_history": [], "max_steps": math.inf}, "max_steps: expects a whole number"),
+    ],
+)
+def test_a_trainers_state_that_is_none_says_what_is_wrong(
+    tmp_path: Path, state: dict[str, Any], said: str
+) -> None:
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match=said):
         read_runs([tmp_path], LOSS)
 
 

@@ -606,6 +606,27 @@ class TestFiles:
         assert now.claim("e" * 64, "model", 3000, 3500)[0] == "send"
         assert {name for name, (_, rows) in places.items() if rows.exists()} == {"held"}
 
+    @pytest.mark.parametrize("kind", ["files", "tables"])
+    def test_what_is_deleted_by_half_is_not_used(
+        self, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        files = NodeFiles(tmp_path)
+        entry = tmp_path / kind / "entry"
+        entry.mkdir(parents=True)
+        monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # the process is killed before
+        assert files._delete_unused(entry)
+        assert not entry.exists()
+        monkeypatch.undo()
+        (left,) = entry.parent.glob(".*")
+        if kind == "files":
+            (left / "part").touch()
+            assert files.claim("entry", "model", 10, 10**9) == ("send", "")
+            assert list(left.iterdir()) == []
+        else:
+            os.utime(left, (1e9, 1e9))
+            files.work_directory("job.s.1", "others", 10**9)
+            assert not left.exists()
+
     @pytest.mark.parametrize("name", ["mine", "runs", "worker.log"])
     def test_a_study_of_any_name_is_apart_from_what_its_worker_writes(
         self, tmp_path: Path, name: str

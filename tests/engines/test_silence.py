@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -174,6 +176,47 @@ def test_the_end_of_a_worker_is_said_whatever_is_gone(tmp_path: Path, program: s
     worker = ProgramWorker(made, lambda: LocalProcess(made.arguments, log=log), silence_seconds=100.0)
     assert words in died(worker).reason
     worker.close()
+
+
+class Dying:
+    """A process whose output is given; after it, reading fails, or it is killed."""
+
+    def __init__(self, *lines: str, breaks: bool = False) -> None:
+        self._lines, self._breaks, self._killed = lines, breaks, threading.Event()
+
+    def write(self, line: str) -> None:
+        pass
+
+    def lines(self) -> Iterator[str]:
+        yield from self._lines
+        if self._breaks:
+            raise OSError("no more")
+
+    def wait(self, timeout_seconds: float | None = None) -> int:
+        if not self._killed.wait(timeout_seconds):
+            raise TimeoutError
+        return -9
+
+    def kill(self) -> None:
+        self._killed.set()
+
+    def last_words(self) -> str:
+        return ""
+
+
+@pytest.mark.parametrize(
+    "process",
+    [
+        Dying('{"event": "new"}', '{"event": "new"}'),
+        Dying('{"event": "died", "reason": "no data"}', breaks=True),
+    ],
+)
+def test_the_death_of_a_process_is_said_once(process: Dying) -> None:
+    """A second one would be taken for that of the next process, whose end would then be waited for."""
+    worker = ProgramWorker(Program((), dict), lambda: process)
+    assert worker._reader is not None
+    worker._reader.join(10.0)
+    assert [type(event) for event in worker.events(0.0)] == [Died]
 
 
 def test_closing_does_not_wait_for_one_that_hangs(tmp_path: Path) -> None:

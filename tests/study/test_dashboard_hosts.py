@@ -30,14 +30,14 @@ def test_this_machine_by_its_names(by: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "by", ["evil.example", "evil.example:8080", "127.0.0.1.evil.example", "10.0.0.1", "", "a@b"]
+    "by", ["evil.example", "evil.example:8080", "127.0.0.1.evil.example", "10.0.0.1", "", "a@b", "[::"]
 )
 def test_a_name_that_somebody_else_has_resolve_to_it(by: str) -> None:
     assert asked("127.0.0.1", by) == "403"
 
 
 def test_a_foreign_page_that_posts_to_it() -> None:
-    for origin in ("http://evil.example", "null", "http://10.0.0.1:8080"):
+    for origin in ("http://evil.example", "null", "http://10.0.0.1:8080", "http://[::"):
         assert asked("127.0.0.1", "127.0.0.1:8080", origin=origin) == "403"
     assert asked("127.0.0.1", "127.0.0.1:8080", origin="http://127.0.0.1:8080") == "200"
 

@@ -32,7 +32,7 @@ from tuner.study.continuation import Continuations
 from tuner.study.dashboard import lineage
 from tuner.study.folder import open_folder
 from tuner.study.plan import RoundPlan
-from tuner.study.promotion import Overrides, PromotedRound, promote
+from tuner.study.promotion import Overrides, PromotedRound, promote, write_round_file
 from tuner.study.run import run_round
 
 RATES = "[1e-3, 2e-3, 3e-3, 5e-3, 8e-3, 1e-2]"
@@ -479,3 +479,16 @@ def test_rows_that_were_read_otherwise_are_spoken_of(study: Path, rows: str | No
         store.close()
     notes = promoted(study, to="other").document["notes"]
     assert any("read some rows differently trained round1" in note for note in notes) is is_said
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_a_folder_with_the_name_of_the_next_file_is_refused(tmp_path: Path, force: bool) -> None:
+    (tmp_path / "round2.yaml").mkdir()
+    with pytest.raises(InputError, match=r"round2\.yaml: cannot be written: Is a directory"):
+        write_round_file(tmp_path / "round2.yaml", "round: round2\n", advice="", force=force)
+
+
+def test_a_next_file_that_is_not_text_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "round2.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="exists with other content; look at it"):
+        write_round_file(tmp_path / "round2.yaml", "round: round2\n", advice="look at it")

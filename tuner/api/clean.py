@@ -1,4 +1,4 @@
-"""`study clean`: free checkpoints of finished trials, by the rules of `study.retention`."""
+"""`study clean`: free checkpoints of finished trials, by the rules of `study/disk.py`."""
 
 from __future__ import annotations
 

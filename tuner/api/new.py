@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from tuner.api.check import PrepareWith, refuse_unusable
 from tuner.commands.finished import read_runs
-from tuner.config import ModelSpec, RoundFile, SourceSpec, load_round, new_round
+from tuner.config import ModelSpec, RoundFile, SourceSpec, load_round, new_round, read_round
 from tuner.config.new_round import EVAL_FRACTION, MAX_LENGTH, new_command_round
 from tuner.config.sections import possible_path
 from tuner.config.settings import with_settings
@@ -111,7 +111,7 @@ def _text(
     """Return the file's text; `known` are arguments of `new_round` that depend on model and tokenizer."""
     path, gguf_file = base
     return new_round(
-        study=re.sub(r"[^A-Za-z0-9._-]+", "-", directory.resolve().name).strip("-.") or "study",
+        study=_study_of(directory),
         model=_from_folder(path, directory),
         gguf_file=gguf_file,
         data=_from_folder(source.path, directory),
@@ -123,6 +123,11 @@ def _text(
         recipe=recipe,
         **known,
     )
+
+
+def _study_of(directory: Path) -> str:
+    """Return a study's name by its folder's."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", directory.resolve().name).strip("-.") or "study"
 
 
 def _model_of(file: RoundFile) -> ModelSpec:
@@ -190,19 +195,20 @@ def import_finished(
 def write_first_command(directory: Path, *, tool: str, config: Path, settings: Sequence[str] = ()) -> Path:
     """Write DIR/round1.yaml for a training command, and return its path.
 
-    `settings` are values to write into it, as `KEY=VALUE`. Raises InputError if the file exists.
+    `settings` are values to write into it, as `KEY=VALUE`. Raises InputError if the file exists, has a
+    mistake or cannot be written; nothing is left then.
     """
     path = directory / "round1.yaml"
     if path.exists():
         raise InputError(f"{path}: exists; choose another folder, or edit the file")
     if not config.is_file():
         raise InputError(f"--config {config}: there is no such file")
-    directory.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", directory.resolve().name).strip("-.") or "study"
+    name = _study_of(directory)
     text = new_command_round(study=name, tool=tool, config=_from_folder(str(config.absolute()), directory))
     text = with_settings(text, settings, path)[0]
-    path.write_text(text, encoding="utf-8")
-    load_round(path)
+    read_round(text, path)  # refuses it before anything is written
+    with taken_back(directory):
+        _written(path, text)
     return path
 
 

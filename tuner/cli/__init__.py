@@ -96,7 +96,7 @@ def doctor(
 def main() -> None:
     """Run the `tuner` command. Exit codes: 0 done, 1 ran and failed, 2 bad input, 130 interrupted."""
     keep_others_out()
-    sys.stdout, sys.stderr = printing.Outliving(sys.stdout), printing.Outliving(sys.stderr)
+    sys.stdout, sys.stderr = printing.outliving(sys.stdout), printing.outliving(sys.stderr)
     code = run(sys.argv[1:])
     gc.freeze()  # else Python collects all of torch and transformers once more as it ends, for a second
     sys.exit(code)

@@ -88,6 +88,11 @@ class _Trimmed:
         return getattr(self._stream, name)
 
 
+def outliving(stream: TextIO | None) -> Outliving:
+    """Return a stream that outlives its terminal; None is one that was closed before, as by `>&-`."""
+    return Outliving(Path(os.devnull).open("w") if stream is None else stream)
+
+
 class Outliving:
     """A stream of this process to a terminal that may hang up: what is written then goes nowhere.
 

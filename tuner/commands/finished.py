@@ -14,7 +14,7 @@ from typing import Any
 
 from tuner.commands.reported import Curve
 from tuner.commands.size import shapes
-from tuner.errors import InputError
+from tuner.errors import InputError, shown
 from tuner.records import Evaluation, Objective, Value
 
 _STATE_FILE = "trainer_state.json"
@@ -73,6 +73,8 @@ def _readable(path: Path, objective: Objective) -> list[FinishedRun]:
         return list(_runs_in(path, objective))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not UTF-8 text") from error
+    except csv.Error as error:
+        raise InputError(f"{path}: is not a CSV file: {error}") from error
 
 
 def _runs_in(path: Path, objective: Objective) -> Iterator[FinishedRun]:
@@ -113,14 +115,17 @@ def _of_trainer(folder: Path, objective: Objective) -> FinishedRun:
     state = _json(place)
     lines: list[dict[str, Any]] = []
     rates: dict[int, float] = {}
-    for entry in state.get("log_history", ()):
+    history = state.get("log_history", [])
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise InputError(f"{place}: log_history: expects a list of JSON objects")
+    for entry in history:
         if "train_runtime" in entry:
             break  # an evaluation after the end of training
         said = {name: value for name, value in entry.items() if _is_number(value)}
         if "loss" in said:
             said["train_loss"] = said.pop("loss")
-            if "learning_rate" in said and "step" in said:
-                rates[int(said["step"])] = float(said["learning_rate"])
+            if "learning_rate" in said and isinstance(said.get("step"), int):
+                rates[said["step"]] = float(said["learning_rate"])
         lines.append({name: value for name, value in said.items() if name != "grad_norm"})
     values = _adapter(folder, place.parent)
     if rates:
@@ -128,11 +133,19 @@ def _of_trainer(folder: Path, objective: Objective) -> FinishedRun:
     return FinishedRun(
         folder.name,
         _evaluations(str(place), lines, objective),
-        state.get("max_steps") or None,
+        _horizon(place, state.get("max_steps")),
         values,
         _checkpoints(folder),
         rates,
     )
+
+
+def _horizon(place: Path, max_steps: Any) -> int | None:
+    if max_steps is None or (type(max_steps) is int and max_steps <= 0):  # unknown
+        return None
+    if type(max_steps) is not int:
+        raise InputError(f"{place}: max_steps: expects a whole number, got {shown(max_steps)}")
+    return max_steps
 
 
 def _adapter(*folders: Path) -> dict[str, Value]:
@@ -187,6 +200,8 @@ def _of_lines(path: Path, objective: Objective) -> FinishedRun:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: is not JSON: {error}") from error
         if isinstance(said, dict) and "hyperparameters" in said:
+            if not isinstance(said["hyperparameters"], dict):
+                raise InputError(f"{path}, line {number}: hyperparameters: expects values by name")
             values.update(said["hyperparameters"])
         else:
             lines.append(said)

@@ -279,32 +279,22 @@ class ProgramWorker:
         self.process.write(json.dumps(document) + "\n")
 
     def _read(self, process: Process) -> None:
+        """Pass on what a process says, up to its death: a second one would be taken for its successor's."""
+        said_died = False
         try:
-            self._read_to_the_end(process)
+            for event in _events_of(process):
+                if not said_died:
+                    self._silence.heard(event)
+                    self._said.put(event)
+                said_died = said_died or isinstance(event, Died)
+            code = process.wait()
+            if code != 0 and not said_died:
+                why = self._killed_since or f"the worker ended with {exit_words(code)}"
+                self._said.put(Died(f"{why}; {process.last_words()}"))
         except Exception as error:  # noqa: BLE001  nobody else would ever say that the worker has ended
             process.kill()
-            self._said.put(Died(f"reading the worker's events failed: {last_words(error)}"))
-
-    def _read_to_the_end(self, process: Process) -> None:
-        said_died = False
-        for line in process.lines():
-            try:
-                event = event_from_json(json.loads(line))
-            except ValueError:
-                continue  # a last line truncated by the death of the process
-            except (KeyError, TypeError) as error:
-                process.kill()
-                event = Died(
-                    f"cannot read the worker's message ({type(error).__name__}: {error}): was tuner upgraded "
-                    "meanwhile? Run the same command again to resume"
-                )
-            said_died = said_died or isinstance(event, Died)
-            self._silence.heard(event)
-            self._said.put(event)
-        code = process.wait()
-        if code != 0 and not said_died:
-            why = self._killed_since or f"the worker ended with {exit_words(code)}"
-            self._said.put(Died(f"{why}; {process.last_words()}"))
+            if not said_died:
+                self._said.put(Died(f"reading the worker's events failed: {last_words(error)}"))
 
     def _forget(self) -> None:
         self._rests = False
@@ -314,6 +304,21 @@ class ProgramWorker:
             process.wait()
             if self._reader is not None:
                 self._reader.join()
+
+
+def _events_of(process: Process) -> Iterator[Event]:
+    """Yield the events in a process's lines to its end; kill it and yield its death if one is unknown."""
+    for line in process.lines():
+        try:
+            yield event_from_json(json.loads(line))
+        except ValueError:
+            continue  # a last line truncated by the death of the process
+        except (KeyError, TypeError) as error:
+            process.kill()
+            yield Died(
+                f"cannot read the worker's message ({type(error).__name__}: {error}): was tuner upgraded "
+                "meanwhile? Run the same command again to resume"
+            )
 
 
 def _has_ended(process: Process, timeout_seconds: float) -> bool:

@@ -59,15 +59,18 @@ class OwnPagesOnly:
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Answer 403 to a request by another name, or by a page of another origin."""
         origin = environ.get("HTTP_ORIGIN")
-        names = [environ.get("HTTP_HOST", ""), *([urlsplit(origin).netloc] if origin else [])]
-        if all(self._is_own(name) for name in names):
+        asked = [f"//{environ.get('HTTP_HOST', '')}", *([origin] if origin else [])]
+        if all(self._is_own(url) for url in asked):
             answer: Iterable[bytes] = self._application(environ, start_response)
             return answer
         start_response("403 Forbidden", [("Content-Type", "text/plain")])
         return [b"tuner: this host is not allowed; see tuner study dashboard --allow-host\n"]
 
-    def _is_own(self, netloc: str) -> bool:
-        name = (urlsplit(f"//{netloc}").hostname or "").rstrip(".")
+    def _is_own(self, url: str) -> bool:
+        try:
+            name = (urlsplit(url).hostname or "").rstrip(".")
+        except ValueError:  # such as of half a bracket
+            return False
         try:
             address = ipaddress.ip_address(name)
         except ValueError:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import shlex
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +21,7 @@ from tuner.commands.reported import not_finite
 from tuner.config import RoundFile, read_round
 from tuner.config.sections import refuse_bad_name
 from tuner.config.yaml_text import one_line
-from tuner.errors import InputError, refusal, shown
+from tuner.errors import CheckpointError, InputError, refusal, shown
 from tuner.methods.kinds import Anything, Integer, Kind, Method, Number
 from tuner.methods.table import HYPERPARAMETERS
 from tuner.methods.tools import tool
@@ -49,6 +51,7 @@ from tuner.records import (
 )
 from tuner.report.format import count
 from tuner.store import hold_study, open_store
+from tuner.study.disk import taken_back
 from tuner.study.plan import RoundPlan
 from tuner.whole import lead, written_whole
 
@@ -105,22 +108,39 @@ def import_runs(
     plan = RoundPlan(file)
     if plan.checkpoints.exists():
         raise InputError(f"{plan.checkpoints}: exists; name another round with --round")
-    directory.mkdir(parents=True, exist_ok=True)
-    facts: list[Fact] = [_begun(plan, clock())]
-    for number, run in enumerate(taken):
-        own, notes = _trial(plan, run, number, horizon, clock())
-        facts += own
+    with taken_back(directory, plan.checkpoints), ExitStack() as undo:
+        undo.callback(shutil.rmtree, plan.checkpoints, ignore_errors=True)
+        undo.callback(path.unlink, missing_ok=True)
+        facts, notes = _written(plan, taken, horizon, clock)
         remarks += notes
-    storage = plan.absolute.storage
-    with hold_study(directory, storage, file.spec.study):
-        store = open_store(storage, study=file.spec.study)
-        try:
-            store.record(*facts)
-        finally:
-            store.close()
-    with written_whole(path) as place:
-        place.write_text(file.text, encoding="utf-8")
+        _record(plan, facts)
+        undo.pop_all()
     return Imported(path, tuple(run.name for run in taken), tuple(remarks), tuple(unknown_of(file)))
+
+
+def _written(
+    plan: RoundPlan, runs: Sequence[FinishedRun], horizon: int, clock: Callable[[], float]
+) -> tuple[list[Fact], list[str]]:
+    """Write the round file and copy the checkpoints; return the facts, and what is to be said of the runs."""
+    facts: list[Fact] = [_begun(plan, clock())]
+    notes: list[str] = []
+    try:
+        plan.file.directory.mkdir(parents=True, exist_ok=True)
+        for number, run in enumerate(runs):
+            own, said = _trial(plan, run, number, horizon, clock())
+            facts += own
+            notes += said
+        with written_whole(plan.file.path) as place:
+            place.write_text(plan.file.text, encoding="utf-8")
+    except (OSError, CheckpointError) as error:
+        raise InputError(f"{plan.file.directory}: the runs cannot be copied there: {error}") from error
+    return facts, notes
+
+
+def _record(plan: RoundPlan, facts: Sequence[Fact]) -> None:
+    storage, study = plan.absolute.storage, plan.spec.study
+    with hold_study(plan.file.directory, storage, study), closing(open_store(storage, study=study)) as store:
+        store.record(*facts)
 
 
 def _steps(run: FinishedRun) -> int:

@@ -481,12 +481,12 @@ def _entry(trial: EnqueuedTrial) -> dict[str, Any]:
 
 def write_round_file(path: Path, text: str, *, advice: str, force: bool = False) -> None:
     """Write the file atomically. Raises InputError, with the advice, if it exists with other content."""
-    if path.exists():
-        if path.read_text(encoding="utf-8") == text:
-            return
-        if not force:
-            raise InputError(f"{path}: exists with other content; {advice}")
     try:
+        if path.exists():
+            if path.read_text(encoding="utf-8", errors="replace") == text:
+                return
+            if not force:
+                raise InputError(f"{path}: exists with other content; {advice}")
         with written_whole(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:

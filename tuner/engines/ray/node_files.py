@@ -89,7 +89,11 @@ class NodeFiles:
 
     def _delete_left(self) -> None:
         """Delete what workers and transfers that ended without cleaning up left here, of any round."""
-        left = [*(self.scratch / "work").glob("*"), *(self.scratch / "files").glob(".*.arriving")]
+        left = [
+            *(self.scratch / "work").glob("*"),
+            *(self.scratch / "files").glob(".*.arriving"),
+            *(self.scratch / "tables").glob(".*"),
+        ]
         for path in left:
             with suppress(OSError):
                 if time.time() - path.stat().st_mtime > LEFT_SECONDS:
@@ -261,7 +265,7 @@ class NodeFiles:
         except BlockingIOError:
             return False
         else:
-            shutil.rmtree(entry, ignore_errors=True)
+            _delete_whole(entry)
             return True
         finally:
             os.close(descriptor)
@@ -271,6 +275,16 @@ class NodeFiles:
 
     def _arriving(self, fingerprint: str) -> Path:
         return self.scratch / "files" / f".{fingerprint}.arriving"
+
+
+def _delete_whole(folder: Path) -> None:
+    """Take a folder its name first: of what is deleted by half, others would use the rest."""
+    doomed = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.arriving")
+    if doomed != folder:
+        shutil.rmtree(doomed, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another host has deleted it
+            folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _lock_of(entry: Path) -> Path:
