@@ -84,8 +84,9 @@ def test_twenty_trials_of_a_study(kind: type[PointSampler], space: Any) -> None:
     assert again[2].params != other[2].params
 
 
-@pytest.mark.parametrize("space", [None, SPACE], ids=["by run", "given"])
-@pytest.mark.parametrize("kind", [RankTPESampler, RankGPSampler])
+@pytest.mark.parametrize(
+    ("kind", "space"), [(RankTPESampler, None), (RankGPSampler, SPACE)], ids=["by run", "given"]
+)
 def test_a_model_of_ranks_finds_more_than_chance(kind: type[PointSampler], space: Any) -> None:
     """By the median of what is tried after the start-up trials, in each of two studies."""
     for seed in range(2):

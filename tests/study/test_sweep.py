@@ -211,7 +211,7 @@ def test_stopped_again_and_again_it_comes_to_the_same_answer(tmp_path: Path) -> 
             break
         except Interrupted:
             stops += 1
-            patience += 60
+            patience += 160
     assert stops
     for name, of in trials(undisturbed).items():
         by_rate = {t.hyperparameters["learning_rate"]: t.evaluations for t in of}
