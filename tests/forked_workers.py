@@ -2,7 +2,8 @@
 
 Loading torch, transformers and peft takes a worker five seconds of CPU, and hundreds of tests start one.
 What a fork is asked to do, its pipes, its number and its exit are those of `python -m tuner.training`, and
-tuner itself it loads from scratch. Engines, faults and commands are tested with processes of their own.
+tuner itself it loads from scratch. Most of engines, and all of faults and commands, are tested with processes
+of their own.
 """
 
 from __future__ import annotations
