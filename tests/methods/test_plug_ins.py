@@ -130,8 +130,8 @@ def test_a_study_is_read_and_not_run_where_the_package_is_not_installed(
     assert elsewhere.out == installed.out
     assert "cannot run here: round1.yaml:13: hyperparameters.optimizer: expects adamw" in elsewhere.err
     before = sorted(Path().rglob("*"))
-    for command in (["run", "round2.yaml"], ["promote", "--to", "round3", "--max-train-steps", "48"]):
-        assert run(["study", *command]) == 2
+    for verb in (["run", "round2.yaml"], ["promote", "--to", "round3", "--max-train-steps", "48"]):
+        assert run(["study", *verb]) == 2
     assert "did you mean sgd_momentum?" not in capsys.readouterr().err
     assert sorted(Path().rglob("*")) == before
 
