@@ -2,7 +2,8 @@
 
 Loading torch, transformers and peft takes a worker five seconds of CPU, and hundreds of tests start one.
 What a fork is asked to do, its pipes, its number and its exit are those of `python -m tuner.training`, and
-tuner itself it loads from scratch. Engines, faults and commands are tested with processes of their own.
+tuner itself it loads from scratch. Most of engines, and all of faults and commands, are tested with processes
+of their own.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from tests.faults.warm import run_module, send_request, take_over, take_request
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = "tuner.training"
-_OF_TUNER = {"PYTHONPATH", "_TUNER_WORKER", "PYTEST_CURRENT_TEST", "COLUMNS", "CUDA_VISIBLE_DEVICES"}
+_NOT_FOR_LIBRARIES = {
+    *("PYTHONPATH", "_TUNER_WORKER", "PYTEST_CURRENT_TEST", "COLUMNS", "CUDA_VISIBLE_DEVICES"),
+    "TORCHINDUCTOR_CACHE_DIR",  # torch sets it in the tests' process, once its compiler is loaded there
+}
 """Variables that no library reads while it is loaded; where others differ, a worker starts as always."""
 _PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
 _SET_CHILD_SUBREAPER = 36
@@ -112,7 +116,7 @@ def _for_libraries(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if name not in _OF_TUNER and not name.startswith("TUNER_")
+        if name not in _NOT_FOR_LIBRARIES and not name.startswith("TUNER_")
     }
 
 

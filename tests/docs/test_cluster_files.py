@@ -15,13 +15,11 @@ from typing import Any
 
 import psutil
 import pytest
-import typer
 from ruamel.yaml import YAML
 
 from tests.docs.test_documents import option_of, resolve
 from tests.studies import QUICKSTART
 from tuner import Study
-from tuner.cli import app
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "how-to" / "cluster.md").read_text()
@@ -52,7 +50,7 @@ def test_the_round_is_run_on_the_head_that_the_nodes_join() -> None:
     # Compose stops what depends on others first: the round saves while its nodes are there.
     assert set(services["worker"]["depends_on"]) == {"database", "head", "node"}
     words = [word.replace("${ROUND:-", "").rstrip("}") for word in services["worker"]["command"]]
-    verb, rest = resolve(words, typer.main.get_command(app))
+    verb, rest = resolve(words)
     assert verb.make_context(verb.name, list(rest)).params["ray_address"] == "head:6379"
 
 
@@ -70,7 +68,7 @@ def test_a_job_runs_a_round_and_its_pods_have_the_token_and_are_for_themselves()
     assert head["volumes"][0]["persistentVolumeClaim"]["claimName"] == "study"
     assert head["containers"][0]["volumeMounts"] == [{"name": "study", "mountPath": "/study"}]
     words = job["spec"]["entrypoint"].split()
-    verb, rest = resolve(words[1:], typer.main.get_command(app))
+    verb, rest = resolve(words[1:])
     given = verb.make_context(verb.name, list(rest)).params
     assert (given["engine"], given["workers"]) == ("ray", "8")
     assert cluster["workerGroupSpecs"][0]["maxReplicas"] == 8
@@ -86,7 +84,7 @@ def test_the_slurm_script_is_bash_and_has_a_token() -> None:
     assert "ray stop" not in text
     (line,) = (line for line in text.splitlines() if line.startswith("tuner "))
     words = line.removeprefix("tuner ").removesuffix(" &").replace('"', "").split()
-    verb, rest = resolve(words, typer.main.get_command(app))
+    verb, rest = resolve(words)
     for word in rest:
         if word.startswith("-"):
             option_of(word, verb)

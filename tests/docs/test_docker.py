@@ -7,11 +7,9 @@ import shlex
 from typing import Any
 
 import pytest
-import typer
 from ruamel.yaml import YAML
 
 from tests.docs.test_documents import ROOT, option_of, resolve
-from tuner.cli import app
 
 DOCKER = ROOT / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
@@ -44,7 +42,7 @@ def service(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_commands_can_be_typed(words: list[str]) -> None:
-    verb, rest = resolve(words, typer.main.get_command(app))
+    verb, rest = resolve(words)
     for word in rest:
         if word.startswith("-"):
             option_of(word, verb)

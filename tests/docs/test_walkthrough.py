@@ -166,16 +166,16 @@ def test_the_tutorial_shows_what_its_commands_print(printed: dict[str, str]) -> 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
-    """With the quickstart's base and 300 of its rows, and short trials."""
+    """With the quickstart's base and 120 of its rows, and short trials."""
     commands = typed_and_shown(README)[0]
-    rows = (ROOT / "studies" / "quickstart" / "data" / "train.jsonl").read_text().splitlines()[:300]
+    rows = (ROOT / "studies" / "quickstart" / "data" / "train.jsonl").read_text().splitlines()[:120]
     (tmp_path / "train.jsonl").write_text("\n".join(rows))
     model, base = "HuggingFaceTB/SmolLM2-135M-Instruct", ROOT / "studies" / "quickstart" / "base"
     assert model in commands[0]
     assert commands[1] == "cd alpaca"
     shorter = (
-        "sed -i 's/^max_train_steps: .*/max_train_steps: 20/; s/decay_steps: .*/decay_steps: 8/; "
-        "s/trials: .*/trials: 3/; s/{low: 1e-5, high: 3e-3/{low: 3e-3, high: 2e-2/' round1.yaml"
+        "sed -i 's/^max_train_steps: .*/max_train_steps: 8/; s/decay_steps: .*/decay_steps: 3/; "
+        "s/trials: .*/trials: 2/; s/{low: 1e-5, high: 3e-3/{low: 3e-3, high: 2e-2/' round1.yaml"
     )
     typed = [commands[0].replace(model, str(base)), commands[1], shorter, *commands[2:]]
     output = type_here(typed, tmp_path)

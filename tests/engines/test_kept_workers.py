@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import pytest
 from tests.contracts.worker import assignment, collect, ended, losses
 from tests.studies import QUICKSTART, round_file, write_round
 from tuner.api.run import Where, round_job
+from tuner.cli import run
 from tuner.config import load_round
 from tuner.engines import Job, LocalEngine, LocalProcess, ProgramWorker, Worker, WorkerPool
 from tuner.engines.processes import recorded_workers
@@ -148,20 +151,6 @@ def has_ended(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-@dataclass(frozen=True)
-class BetweenRounds:
-    """`study auto` that has written the next round's file, and waits to print what it found: a full pipe."""
-
-    auto: subprocess.Popen[bytes]
-    worker: psutil.Process
-    pipe: int
-    log: Path
-
-    def drain(self) -> None:
-        with os.fdopen(self.pipe, "rb") as pipe:
-            pipe.read()
-
-
 SHORT: Mapping[str, Any] = {"steps": 4, "every": 2, "decay_steps": 2, "lora_r": 2}
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
@@ -178,9 +167,19 @@ def study_verb(directory: Path, verb: str, *, stdout: int, log: Path) -> subproc
         )
 
 
-@pytest.fixture
-def between(tmp_path: Path) -> Iterator[BetweenRounds]:
-    write_round(tmp_path, trials=2, run="run: {slots: 1, production_steps: 40}\n", **SHORT)
+def worker_of(round_directory: Path) -> psutil.Process:
+    """The process of the only worker that a round has recorded."""
+    (recorded,) = recorded_workers(round_directory).values()
+    return psutil.Process(recorded.worker.pid)
+
+
+def two_rounds(directory: Path) -> None:
+    write_round(directory, trials=2, run="run: {slots: 1, production_steps: 40}\n", **SHORT)
+
+
+def test_a_worker_at_rest_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    """`study auto` has written the next round's file, and waits to print what it found: a full pipe."""
+    two_rounds(tmp_path)
     reading, writing = os.pipe()
     os.write(writing, b" " * fcntl.fcntl(writing, fcntl.F_GETPIPE_SZ))
     log = tmp_path / "auto.log"
@@ -189,31 +188,48 @@ def between(tmp_path: Path) -> Iterator[BetweenRounds]:
     try:
         until(lambda: (tmp_path / "round2.yaml").exists() or auto.poll() is not None, seconds=240)
         assert auto.poll() is None, log.read_text()
-        (worker,) = recorded_workers(tmp_path / "runs" / "round1")
-        yield BetweenRounds(auto, psutil.Process(worker.worker.pid), reading, log)
+        worker = worker_of(tmp_path / "runs" / "round1")
+        assert not has_ended(worker)
     finally:
         auto.kill()
         auto.wait()
+        os.close(reading)
+    until(lambda: has_ended(worker))
+    assert "Traceback" not in (tmp_path / "runs" / "round1" / "worker.log").read_text()
 
 
-def test_a_worker_at_rest_ends_with_a_parent_that_is_killed(between: BetweenRounds) -> None:
-    assert not has_ended(between.worker)
-    between.auto.kill()
-    between.auto.wait(60)
-    until(lambda: has_ended(between.worker))
-    assert "Traceback" not in (between.log.parent / "runs" / "round1" / "worker.log").read_text()
-    os.close(between.pipe)
+class Watching(io.StringIO):
+    """Standard output that presses Ctrl-C when a line says what was written, and looks for the worker."""
+
+    def __init__(self, round_directory: Path) -> None:
+        super().__init__()
+        self.round_directory = round_directory
+        self.workers: list[psutil.Process] = []
+
+    def write(self, text: str) -> int:
+        if "wrote " in text:
+            self.workers.append(worker_of(self.round_directory))
+            signal.raise_signal(signal.SIGINT)
+            assert not has_ended(self.workers[-1])
+        return super().write(text)
 
 
-def test_ctrl_c_while_workers_rest_begins_no_other_round(between: BetweenRounds) -> None:
-    between.auto.send_signal(signal.SIGINT)
-    until(lambda: "Ctrl-C again" in between.log.read_text())
-    assert not has_ended(between.worker)
-    between.drain()
-    assert between.auto.wait(120) == 130
-    assert "resume with: tuner study auto round1.yaml" in between.log.read_text()
-    until(lambda: has_ended(between.worker))
-    assert not (between.log.parent / "runs" / "round2").exists()
+def test_ctrl_c_while_workers_rest_begins_no_other_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two_rounds(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    with redirect_stdout(Watching(tmp_path / "runs" / "round1")) as said:
+        assert run(["study", "auto", "round1.yaml"]) == 130
+    assert (tmp_path / "round2.yaml").exists()
+    log = capsys.readouterr().err
+    assert "Ctrl-C again" in log
+    assert "resume with: tuner study auto round1.yaml" in log
+    (worker,) = said.workers
+    until(lambda: has_ended(worker))
+    assert not (tmp_path / "runs" / "round2").exists()
 
 
 @pytest.mark.acceptance

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +13,8 @@ import pytest
 
 import tuner
 from tests.contracts.metric import MetricContract
-from tests.studies import ENVIRONMENT, installed, write_round
+from tests.studies import installed, write_round
+from tests.studies import tuner as command
 from tuner.cli import run
 from tuner.config import load_round
 from tuner.errors import InputError, MetricError, RoundFileError
@@ -53,7 +53,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     site = installed(tmp_path / "site", "worst", metrics="worst_quarter = worst_loss:WORST")
     (site / "worst_loss.py").write_text(PLUG_IN)
     monkeypatch.syspath_prepend(str(site))
-    monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.setenv("PYTHONPATH", f"{site}:{Path.cwd()}")
     return site
 
 
@@ -261,13 +261,10 @@ def test_a_trial_does_not_go_on_from_one_that_another_metric_chose_the_best_step
 
 
 def test_a_round_is_trained_by_a_metric_of_an_installed_package(package: Path, tmp_path: Path) -> None:
-    """In processes of their own, as a user would; the metric chooses each best step."""
+    """The metric chooses each best step."""
     study = tmp_path / "study"
     write_round(study, trials=2, run="objective: {metric: worst_quarter}")
-    command = [sys.executable, "-m", "tuner.cli", "study", "run", "round1.yaml"]
-    environment = {**ENVIRONMENT, "PYTHONPATH": f"{package}:{Path.cwd()}", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(command, cwd=study, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    tuner.Study(study).run("round1.yaml", progress=False)
     assert directions(study) == ["MINIMIZE"]
     trials = [t for t in tuner.Study(study).round("round1").trials if t.state == "complete"]
     assert trials
@@ -298,23 +295,15 @@ def test_what_a_metric_of_a_module_came_to_is_read_without_it(
 
 
 def test_a_metric_that_fails_while_a_round_runs_stops_it_and_the_same_command_goes_on(
-    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    package: Path, tmp_path: Path
 ) -> None:
     module = package / "worst_loss.py"
     falling = PLUG_IN.replace("    losses =", "    assert len(examples.nll) > 99, 'too few'\n    losses =")
     study = tmp_path / "study"
     write_round(study, trials=1, run="objective: {metric: worst_quarter}")
-    environment = {**ENVIRONMENT, "PYTHONPATH": f"{package}:{Path.cwd()}", "PATH": "/usr/bin:/bin"}
-    command = [sys.executable, "-m", "tuner.cli", "study", "run", "round1.yaml"]
-
-    def does() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command, cwd=study, env=environment, capture_output=True, text=True, check=False
-        )
-
     module.write_text(falling)
-    stopped = does()
+    stopped = command("study", "run", "round1.yaml", directory=study)
     assert stopped.returncode == 2, stopped.stderr
     assert "objective.metric: worst_quarter: it raised AssertionError: too few" in stopped.stderr
     module.write_text(PLUG_IN)
-    assert does().returncode == 0
+    assert command("study", "run", "round1.yaml", directory=study).returncode == 0

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 import tuner
 from tests.studies import ENVIRONMENT, installed, write_round
+from tests.studies import tuner as command
 from tuner.cli import run
 from tuner.config import RoundSpec, load_round, with_plug_ins
 from tuner.errors import InputError, RoundFileError
@@ -38,6 +40,10 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         schedules="power = my_methods:SCHEDULE",
     )
     (site / "my_methods.py").write_text(CODE)
+    monkeypatch.setattr(registry, "_IMPORTED", set())  # nothing yet, as in a new process
+    monkeypatch.setattr(registry, "_RECORDED", {})
+    registry._found.cache_clear()
+    monkeypatch.delitem(sys.modules, "my_methods", raising=False)
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("PYTHONPATH", f"{site}:{Path.cwd()}")
     return site
@@ -52,20 +58,23 @@ def study(tmp_path: Path) -> Path:
     return folder
 
 
-def tuner_in(folder: Path, *arguments: str, path: Path) -> "subprocess.CompletedProcess[str]":
-    """A command in a process of its own."""
+def typed_elsewhere(folder: Path, *commands: Sequence[str], path: Path) -> tuple[list[int], str]:
+    """Exit codes of commands in one new process, and what they print."""
+    program = f"import sys; from tuner.cli import run; print([run(c) for c in {commands!r}], file=sys.stderr)"
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": f"{path}:{Path(__file__).parents[2]}"}
-    command = [sys.executable, "-m", "tuner.cli", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return json.loads(done.stderr.splitlines()[-1]), done.stdout
 
 
 def test_the_page_says_it_in_forty_lines() -> None:
     assert len(CODE.splitlines()) <= 40
 
 
-@pytest.mark.slow
 def test_a_round_uses_both_and_later_readers_import_nothing(site: Path, study: Path) -> None:
-    done = tuner_in(study, "study", "run", "round1.yaml", path=site)
+    done = command("study", "run", "round1.yaml", directory=study)
     assert done.returncode == 0, done.stderr
     trials = tuner.Study(study).round("round1").trials
     by_optimizer = {"sgd": set(), "adamw": set()}
@@ -82,15 +91,13 @@ def test_a_round_uses_both_and_later_readers_import_nothing(site: Path, study: P
     broken = site.with_name("broken")
     shutil.copytree(site, broken)
     (broken / "my_methods.py").write_text("raise ImportError('nobody needs it')")
-    for command in (["study", "status", "--json"], ["study", "report"]):
-        known, alone = (tuner_in(study, *command, path=path) for path in (site, broken))
-        assert (alone.returncode, alone.stdout) == (0, known.stdout), alone.stderr
-    assert "sgd_momentum" in alone.stdout
-
-    refused = tuner_in(study, "study", "promote", "--to", "round2", "--max-train-steps", "24", path=broken)
-    assert refused.returncode == 2
+    readers = (("study", "status", "--json"), ("study", "report"))
+    promote = ("study", "promote", "--to", "round2", "--max-train-steps", "24")
+    known = "".join(command(*words, directory=study).stdout for words in readers)
+    assert typed_elsewhere(study, *readers, promote, path=broken) == ([0, 0, 2], known)
+    assert "sgd_momentum" in known
     assert not (study / "round2.yaml").exists()
-    done = tuner_in(study, "study", "promote", "--to", "round2", "--max-train-steps", "24", path=site)
+    done = command(*promote, directory=study)
     assert done.returncode == 0, done.stderr
     promoted = load_round(study / "round2.yaml").spec
     with_plug_ins(load_round(study / "round2.yaml"))
@@ -123,13 +130,13 @@ def test_a_study_is_read_and_not_run_where_the_package_is_not_installed(
     assert elsewhere.out == installed.out
     assert "cannot run here: round1.yaml:13: hyperparameters.optimizer: expects adamw" in elsewhere.err
     before = sorted(Path().rglob("*"))
-    for command in (["run", "round2.yaml"], ["promote", "--to", "round3", "--max-train-steps", "48"]):
-        assert run(["study", *command]) == 2
+    for verb in (["run", "round2.yaml"], ["promote", "--to", "round3", "--max-train-steps", "48"]):
+        assert run(["study", *verb]) == 2
     assert "did you mean sgd_momentum?" not in capsys.readouterr().err
     assert sorted(Path().rglob("*")) == before
 
-    alone = tuner_in(study / "dry-run", "study", "report", path=site.with_name("nothing"))
-    assert (alone.returncode, "decay_power 1.5" in alone.stdout) == (0, True), alone.stderr
+    codes, alone = typed_elsewhere(study / "dry-run", commands[-1], path=site.with_name("nothing"))
+    assert (codes, "decay_power 1.5" in alone) == ([0], True)
 
 
 @pytest.mark.parametrize(
@@ -266,8 +273,7 @@ def test_a_variant_that_cannot_work_is_bad_input_at_its_line(
 
 
 def test_check_says_what_it_did_not_check(site: Path, study: Path) -> None:
-    done = tuner_in(study, "study", "check", "round1.yaml", "--json", path=site)
-    document = json.loads(done.stdout)
+    document = tuner.Study(study).check("round1.yaml")
     assert document["ok"]
     assert document["plan"]["unchecked"] == ["sgd", "power", "decay_power", "sgd_momentum"]
     assert any("not checked: sgd, power" in remark for remark in document["remarks"])
