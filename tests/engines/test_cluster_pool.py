@@ -467,6 +467,8 @@ def others(document: dict[str, Any]) -> dict[str, str]:
 def test_a_round_keeps_its_token(job: Job) -> None:
     assert job_token(job.directory) == job_token(job.directory)
     assert len(job_token(job.directory)) == 16
+    (job.directory / ".cluster").write_text("")  # a full disk
+    assert len(job_token(job.directory)) == 16
 
 
 def test_what_a_round_file_names(job: Job) -> None:

@@ -378,7 +378,8 @@ def _with_model(program: Program, path: str | None, revision: str | None) -> Pro
 def job_token(directory: Path) -> str:
     """Return the round's random name on all nodes, by which its workers are recognised; made once."""
     path = directory / ".cluster"
-    if not path.exists():
+    if not path.exists() or not path.read_text().strip():  # a full disk leaves it empty
         directory.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(8))
+        with written_whole(path) as unnamed:
+            unnamed.write_text(secrets.token_hex(8))
     return path.read_text().strip()
