@@ -25,8 +25,8 @@ def clean_study(folder: StudyFolder, *, delete: bool, tell: Tell) -> int:
         freed += _clean(each, delete=delete, tell=tell, prefix=f"{each.directory.name}/")
     if freed:
         tell(
-            "of a trial listed as (ended), only the last checkpoint is deleted: its best adapter and its stable "
-            "checkpoints are kept"
+            "of a trial listed as (ended), only the last checkpoint is deleted: its best adapter and "
+            "its stable checkpoints are kept"
         )
     tell(f"{'freed' if delete else 'can be freed'}: {size(freed)}")
     return freed
