@@ -43,7 +43,10 @@ def test_lines_are_read_once_and_whole_wherever_the_file_is_cut(tmp_path_factory
         ('{"step": true}', "step: expects a whole number"),
         ('{"step": 1, "eval_loss": "1e-4"}', "eval_loss: expects a number"),
         ('{"step": 1, "checkpoint": 3}', "checkpoint: expects a path"),
-        ('{"step": 1, "checkpoint": "x", "processes": "two"}', "processes: expects a number"),
+        ('{"step": 1, "checkpoint": "x", "processes": "two"}', "processes: expects a whole number"),
+        ('{"step": 1, "checkpoint": "x", "processes": NaN}', "processes: expects a whole number"),
+        ('{"began_at": "x"}', "began_at: expects a whole number"),
+        pytest.param('{"step": 1, "eval_loss": ' + "9" * 400 + "}", "that a float can be", id="huge"),
     ],
 )
 def test_a_line_that_cannot_be_read_says_which_and_why(tmp_path: Path, line: str, said: str) -> None:

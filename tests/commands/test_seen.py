@@ -259,7 +259,14 @@ def test_the_disk_of_a_first_round_is_estimated_from_the_base_model(
 
 
 @pytest.mark.parametrize(
-    "content", [b"version https://git-lfs.github.com/spec/v1\n", b"", b"\x04" + bytes(7) + b"text"]
+    "content",
+    [
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b"",
+        b"\x04" + bytes(7) + b"text",
+        b"\x08" + bytes(7) + b'{"a": 3}',
+        b"\x08" + bytes(7) + b"[[1, 2]]",
+    ],
 )
 def test_weights_that_are_not_there_leave_the_disk_unknown(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "base").mkdir()
@@ -269,3 +276,16 @@ def test_weights_that_are_not_there_leave_the_disk_unknown(tmp_path: Path, conte
     run = [PYTHON, "trainer.py", "${config}"]
     changed["command"] = {"run": run, "tool": "transformers", "config": "tool.json"}
     assert estimated_bytes(spec_of(tmp_path, changed), tmp_path) is None
+
+
+def test_a_rank_that_is_no_number_is_the_tools_to_refuse(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path / "base", tiny.config("llama"))
+    changed = trainer()
+    run = [PYTHON, "trainer.py", "${config}"]
+    changed["command"] = {"run": run, "tool": "transformers", "config": "tool.json"}
+    sizes = set()
+    for rank in (16, "sixteen"):
+        config = {"model_name_or_path": "base", "use_peft": True, "lora_r": rank}
+        (tmp_path / "tool.json").write_text(json.dumps(config))
+        sizes.add(estimated_bytes(spec_of(tmp_path, changed), tmp_path))
+    assert len(sizes) == 1

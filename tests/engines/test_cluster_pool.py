@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -254,6 +255,35 @@ def test_a_cluster_that_can_grow_is_asked_for_all_workers_while_some_have_room(
     assert machines.requested == [*asked, 0]
 
 
+class Receiving(Apart):
+    """Another worker of its node receives the model, without end."""
+
+    is_over = threading.Event()
+
+    def claim(self, *_: Any) -> tuple[str, str]:
+        if self.is_over.is_set():
+            raise OSError("it was given up")
+        return "busy", ""
+
+
+def test_closing_does_not_wait_for_what_a_node_is_sent(job: Job, opened: Any, tmp_path: Path) -> None:
+    machines = Machines(tmp_path, "a")
+    machines.kinds["a"] = Receiving
+    model = tmp_path / "parent" / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    spec = job.spec.model_copy(update={"model": job.spec.model.model_copy(update={"path": str(model)})})
+    pool = opened(machines, spec=spec)
+    after(pool, lambda: any("claim" in wire.calls for _, wire in machines.wires), seconds=20)
+    closing = threading.Thread(target=pool.close, daemon=True)
+    closing.start()
+    closing.join(20.0)
+    is_closed = not closing.is_alive()
+    Receiving.is_over.set()
+    closing.join(20.0)
+    assert is_closed
+
+
 def test_an_autoscaler_is_asked_for_gpus_or_for_nodes_that_offer_cpus() -> None:
     assert bundles(2, gpus=3) == [{"GPU": 3}, {"GPU": 3}]
     assert bundles(1, gpus=0) == [{"CPU": 1}]
@@ -436,6 +466,8 @@ def others(document: dict[str, Any]) -> dict[str, str]:
 
 def test_a_round_keeps_its_token(job: Job) -> None:
     assert job_token(job.directory) == job_token(job.directory)
+    assert len(job_token(job.directory)) == 16
+    (job.directory / ".cluster").write_text("")  # a full disk
     assert len(job_token(job.directory)) == 16
 
 

@@ -32,7 +32,7 @@ from tuner.study.continuation import Continuations
 from tuner.study.dashboard import lineage
 from tuner.study.folder import open_folder
 from tuner.study.plan import RoundPlan
-from tuner.study.promotion import Overrides, PromotedRound, promote, write_round_file
+from tuner.study.promotion import Overrides, PromotedRound, promote, recordable, write_round_file
 from tuner.study.run import run_round
 
 RATES = "[1e-3, 2e-3, 3e-3, 5e-3, 8e-3, 1e-2]"
@@ -492,3 +492,18 @@ def test_a_next_file_that_is_not_text_is_kept(tmp_path: Path) -> None:
     (tmp_path / "round2.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="exists with other content; look at it"):
         write_round_file(tmp_path / "round2.yaml", "round: round2\n", advice="look at it")
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "storage: postgresql+psycopg://me:it-s@host/db",
+        "storage: 'postgresql+psycopg://me:it''s@host/db'",
+        'storage: "postgresql+psycopg://me:it\\u0027s@host/db"',
+        "storage: sqlite:///tuner.db  # was postgresql+psycopg://me:it-s@host/db",
+    ],
+)
+def test_a_password_is_not_recorded_however_the_file_writes_it(written: str) -> None:
+    kept = recordable(f"study: s\n{written}\n")
+    assert "s@host" not in kept
+    assert "me:***@host/db" in kept

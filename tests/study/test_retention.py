@@ -174,6 +174,7 @@ def test_clean_takes_a_limit_that_came_later_and_frees_a_dry_run(
         assert run(["study", "clean", *arguments]) == 0
         shown = capsys.readouterr().out
         assert "(not among the best 1)" in shown
+        assert "its stable checkpoints are kept" in shown
         assert "dry-run/round1/0: " in shown
         assert said in shown
     assert kept(tmp_path) == expected(tmp_path)

@@ -23,7 +23,11 @@ def clean_study(folder: StudyFolder, *, delete: bool, tell: Tell) -> int:
     freed = _clean(folder, delete=delete, tell=tell) if folder.has_begun else 0
     for each in dry_runs:
         freed += _clean(each, delete=delete, tell=tell, prefix=f"{each.directory.name}/")
-    tell("only a round of the same horizon could resume from these; best adapters and trunks are kept")
+    if freed:
+        tell(
+            "of a trial listed as (ended), only the last checkpoint is deleted: its best adapter and "
+            "its stable checkpoints are kept"
+        )
     tell(f"{'freed' if delete else 'can be freed'}: {size(freed)}")
     return freed
 

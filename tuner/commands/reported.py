@@ -64,15 +64,14 @@ class Curve:
         if not isinstance(said, dict):
             raise self._wrong('expects a line such as {"step": 6, "eval_loss": 1.2}, got', said)
         if "began_at" in said:
-            return Line(None, began_at=int(said["began_at"]))
+            return Line(None, began_at=self._whole_in("began_at", said["began_at"]))
         step = said.get("step")
         infeasible = said.get("infeasible")
         if step is None and infeasible is not None:
             return Line(None, infeasible=str(infeasible))
         if step is None:
             raise self._wrong('has no step; expects a line such as {"step": 6, "eval_loss": 1.2}, got', said)
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise self._wrong("step: expects a whole number of at least 0, got", step)
+        step = self._whole_in("step", step)
         self._count(said)
         return Line(
             step,
@@ -112,12 +111,20 @@ class Curve:
             return None
         if not isinstance(path, str) or not path:
             raise self._wrong("checkpoint: expects a path, got", path)
-        return SavedByCommand(step, path, int(self._number_in("processes", said.get("processes", 1))))
+        return SavedByCommand(step, path, self._whole_in("processes", said.get("processes", 1)))
 
     def _number_in(self, name: str, raw: object) -> float:
         if isinstance(raw, bool) or not isinstance(raw, (int, float)):
             raise self._wrong(f"{name}: expects a number, got", raw)
-        return float(raw)
+        try:
+            return float(raw)
+        except OverflowError as error:
+            raise self._wrong(f"{name}: expects a number that a float can be, got", raw) from error
+
+    def _whole_in(self, name: str, raw: object) -> int:
+        if type(raw) is not int or raw < 0:
+            raise self._wrong(f"{name}: expects a whole number of at least 0, got", raw)
+        return raw
 
     def _wrong(self, what: str, read: object) -> InputError:
         return InputError(f"{self.source}, line {self._number}: {what} {shown(read)}")

@@ -55,8 +55,9 @@ def _has_adapter(said: Mapping[str, Any]) -> bool:
 def _adapter(spec: RoundSpec, said: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> int:
     """Return the weights of the largest adapter; of all linear layers where the targets are not listed."""
     space = spec.space()
-    written = next((int(said[key]) for key in _RANK if said.get(key)), _DEFAULT_RANK)
-    rank = _largest(space["lora_r"]) if "lora_r" in space else written
+    written = next((str(said[key]) for key in _RANK if said.get(key)), "")
+    given = int(written) if written.isdecimal() else _DEFAULT_RANK  # the tool refuses another
+    rank = _largest(space["lora_r"]) if "lora_r" in space else given
     fixed = space.get("target_modules")
     listed = fixed.value if isinstance(fixed, Fixed) else None if fixed else _targets(said)
     names = tuple(str(each) for each in listed) if isinstance(listed, (list, tuple)) else None
@@ -102,4 +103,12 @@ def shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
             if length > path.stat().st_size:
                 raise ValueError(f"{path}: is not a safetensors file")
             head = json.loads(file.read(length))
-        yield from ((name, about["shape"]) for name, about in head.items() if name != "__metadata__")
+        weights = head if isinstance(head, dict) else {"": None}
+        yield from ((name, _shape(about, path)) for name, about in weights.items() if name != "__metadata__")
+
+
+def _shape(about: Any, path: Path) -> list[int]:
+    shape = about.get("shape") if isinstance(about, dict) else None
+    if not isinstance(shape, list) or not all(type(size) is int for size in shape):
+        raise ValueError(f"{path}: is not a safetensors file")
+    return shape

@@ -15,7 +15,7 @@ from typing import Any, get_args
 from tuner.config import DELETE, RoundFile, dimension_to_yaml, edit_round, with_plug_ins, without_secrets
 from tuner.config.sections import refuse_bad_name
 from tuner.config.settings import added_dimensions, with_settings
-from tuner.config.yaml_text import one_line
+from tuner.config.yaml_text import one_line, parse
 from tuner.data import TABLE_VERSION
 from tuner.errors import InputError, one_of
 from tuner.methods.schedules import DecayRule
@@ -30,6 +30,7 @@ from tuner.playbook.restarts import (
     plan_restart,
     points_left,
 )
+from tuner.process_log import harmless
 from tuner.records import (
     LOSS,
     Objective,
@@ -269,15 +270,20 @@ def _write(
     )
     _state(document, settings or {})
     write_round_file(path, text, force=force, advice="--force overwrites it, or choose another --to")
-    url = folder.files[0].spec.storage
-    written = (settings or {}).get("storage", url)
-    kept = text.replace(url, without_secrets(url)).replace(written, without_secrets(written))
+    kept = recordable(text)
     plan = Promotion(record.name, to, document, kept, clock())
     if not any(
         p.to_round == to and p.file_text == kept and dict(p.plan) == document for p in store.promotions()
     ):
         store.record(PromotionPlanned(plan))
     return PromotedRound(path, next_round, reading, document)
+
+
+def recordable(text: str) -> str:
+    """Return a round file's text without passwords, whichever way the file quotes them."""
+    storage = str(parse(text).document.get("storage", ""))
+    shown = without_secrets(storage)
+    return harmless(edit_round(text, {"storage": shown}, {}) if storage not in ("", shown) else text)
 
 
 def _state(document: dict[str, Any], settings: Mapping[str, Any]) -> None:

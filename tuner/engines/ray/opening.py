@@ -80,6 +80,9 @@ class Opener:
         self._sender = Sender(int(self.job.spec.run.send_model_up_to * 1e9))
         self._commit: str | None = None
         """Of the base model on the Hub, as the first worker loaded it."""
+        self._hosts: set[RemoteHost] = set()
+        """Those of workers that are being opened."""
+        self._gives_up = False
 
     @property
     def _gpus_per_worker(self) -> int:
@@ -96,8 +99,12 @@ class Opener:
         self.job.directory.mkdir(parents=True, exist_ok=True)
         log = self.job.directory / f"worker-{node.name}-{seat.number}.log"
         host = RemoteHost(connection, name=f"node {node.name}", log=log)
-        with ExitStack() as undo:
+        self._hosts.add(host)
+        with ExitStack() as always, ExitStack() as undo:
+            always.callback(self._hosts.discard, host)
             undo.callback(host.end)
+            if self._gives_up:
+                raise HostLost(f"{host.name}: its worker is not needed any more")
             facts: NodeFacts = host.call("describe", sorted(own_modules(spec)))
             if (unlike := differences(facts, spec)) is not None:
                 raise Unlike(unlike)
@@ -121,6 +128,12 @@ class Opener:
         )
         program = _with_model(self.job.program, places.there.get(spec.model.path), revision)
         return ProgramWorker(program, launch)
+
+    def give_up(self) -> None:
+        """End the workers that are being opened: they hold no trial, and sending to them can take hours."""
+        self._gives_up = True
+        for host in tuple(self._hosts):
+            host.end()
 
     # --- what a node does not have ----------------------------------------------------------------
 
@@ -365,7 +378,8 @@ def _with_model(program: Program, path: str | None, revision: str | None) -> Pro
 def job_token(directory: Path) -> str:
     """Return the round's random name on all nodes, by which its workers are recognised; made once."""
     path = directory / ".cluster"
-    if not path.exists():
+    if not path.exists() or not path.read_text().strip():  # a full disk leaves it empty
         directory.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(8))
+        with written_whole(path) as unnamed:
+            unnamed.write_text(secrets.token_hex(8))
     return path.read_text().strip()

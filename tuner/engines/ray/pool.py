@@ -96,6 +96,7 @@ class ClusterPool:
     def close(self) -> None:
         """Save every trial, and end the workers at the same time."""
         self._closed = True
+        self._opener.give_up()
         closing = [threading.Thread(target=worker.close) for worker in self._workers]
         for thread in closing:
             thread.start()
