@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import stat
 import sys
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tests.studies import QUICKSTART, write_round
 from tests.study.simulation import Crash, simulate, trials
-from tuner.api.export import finished_trial
+from tuner.api.export import appearing_whole, finished_trial
 from tuner.cli import run
 from tuner.data import prepare, render_prompt
 from tuner.data.examples import Example
@@ -184,6 +185,15 @@ def test_what_is_in_the_way_stays(study: Path, capsys: pytest.CaptureFixture[str
         assert "adapter_config.json" in names(study / "empty")
         (study / "empty" / "left.txt").write_text("")
     assert "--to empty: not empty" in refusal(capsys, "best", "--to", "empty")
+
+
+def test_what_a_killed_export_left_goes_with_the_next(tmp_path: Path) -> None:
+    numbers = (2**22 + 1, os.getppid())  # above any process's number on Linux; one that runs
+    left, running = (tmp_path / f".model[1].{number}.tmp" for number in numbers)
+    for folder in (left, running):
+        folder.mkdir()
+    with appearing_whole(tmp_path / "model[1]") as made:
+        assert {path.name for path in tmp_path.iterdir()} == {running.name, made.name}
 
 
 @pytest.mark.parametrize(

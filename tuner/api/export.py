@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shlex
@@ -13,6 +14,8 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 from tuner.api.run import Prepare, Tell
 from tuner.data import load_tokenizer, render_prompt
@@ -66,10 +69,15 @@ def require_free(directory: Path, *, force: bool, keep: Path) -> None:
 def appearing_whole(directory: Path) -> Iterator[Path]:
     """Yield a new directory to write into; it replaces `directory` at the end, and is deleted on an error.
 
-    Raises TunerError if it cannot be written.
+    What an export to the same place that was killed left is deleted first. Raises TunerError if it cannot be
+    written.
     """
     absolute = Path(os.path.normpath(directory.absolute()))
     temporary, old = (absolute.with_name(f".{absolute.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    for left in absolute.parent.glob(f".{glob.escape(absolute.name)}.*.tmp"):
+        number = left.name.split(".")[-2]
+        if number.isdecimal() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from tuner.api.run import Where, round_job
 from tuner.engines import Program, Worker, make_engine, start_workers
+from tuner.engines.processes import end_left_over
 from tuner.errors import ModelError, WorkerError
 from tuner.records import Assignment, Died, Ended, Event, Ready
 from tuner.study.plan import RoundPlan
+
+_PREFIX = ".tuner-probe-"
+_YOUNG_SECONDS = 60.0
 
 
 def probed_worker(plan: RoundPlan, where: Where, say: Callable[[str], None]) -> Ready:
@@ -80,8 +88,32 @@ def _heard(worker: Worker) -> Iterator[Event]:
 
 @contextmanager
 def _folder(plan: RoundPlan) -> Iterator[Path]:
-    """Make a folder beside the checkpoints, on the same disk, and delete it with what the probe made."""
+    """Make a folder beside the checkpoints, on the same disk, and delete it with what the probe made.
+
+    Folders of probes that were killed go, too.
+    """
     checkpoints = plan.checkpoints
     parent = next(place for place in (checkpoints, *checkpoints.parents) if place.is_dir())
-    with tempfile.TemporaryDirectory(prefix=".tuner-probe-", dir=parent) as name:
-        yield Path(name)
+    for left in parent.glob(f"{_PREFIX}*"):
+        _delete_left(left)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent) as name:
+        held = os.open(name, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_SH)
+            yield Path(name)
+        finally:
+            os.close(held)
+
+
+def _delete_left(folder: Path) -> None:
+    """Delete the folder of a probe that was killed: no process holds it, and it is not just being made."""
+    with suppress(OSError):
+        if time.time() - folder.stat().st_mtime < _YOUNG_SECONDS:
+            return
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            end_left_over(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)
