@@ -87,6 +87,31 @@ def test_a_log_that_cannot_be_read_says_which(tmp_path: Path) -> None:
         list(Fallback(tmp_path, LOSS).new_lines())
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (
+            "trainer_log.jsonl",
+            '{"current_steps": null, "eval_loss": 1.0}\n',
+            "current_steps: expects a whole",
+        ),
+        ("trainer_log.jsonl", '{"current_steps": NaN, "eval_loss": 1.0}\n', "current_steps: expects a whole"),
+        ("trainer_log.jsonl", "\udcff\n", "a line is not JSON"),
+        (
+            "checkpoint-5/trainer_state.json",
+            '{"global_step": 5, "log_history": null}',
+            "log_history: expects",
+        ),
+        ("checkpoint-5/trainer_state.json", '{"global_step": 5, "log_history": [3]}', "log_history: expects"),
+    ],
+)
+def test_a_log_of_another_kind_says_which_and_why(tmp_path: Path, name: str, content: str, said: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=said):
+        list(Fallback(tmp_path, LOSS).new_lines())
+
+
 @pytest.mark.parametrize("kind", ["trainer_log.jsonl", "trainer_state.json", "TensorBoard's event files"])
 def test_a_trial_is_complete_by_any_of_them(tmp_path: Path, kind: str) -> None:
     made = tmp_path / "made"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tuner.errors import InputError
+from tuner.errors import InputError, shown
 from tuner.records import Objective
 
 Said: TypeAlias = dict[str, Any]
@@ -56,7 +56,7 @@ class Fallback:
 
     def _sources(self, states: Mapping[int, Path]) -> Iterator[tuple[str, Sequence[Said]]]:
         for path in files_below(self.output, "trainer_log.jsonl"):
-            lines = [_of_factory(said) for said in _parsed_lines(path) if "current_steps" in said]
+            lines = [_of_factory(said, path) for said in _parsed_lines(path) if "current_steps" in said]
             if self.objective.metric == _LOSS or any(self.objective.metric in line for line in lines):
                 yield path.name, lines
         if states:
@@ -118,7 +118,7 @@ def _json(path: Path) -> Said | None:
 
 
 def _parsed_lines(path: Path) -> Iterator[Said]:
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # the last one may not be whole
+    for line in path.read_bytes().decode(errors="replace").split("\n")[:-1]:  # the last one may not be whole
         if line.strip():
             try:
                 said = json.loads(line)
@@ -130,11 +130,19 @@ def _parsed_lines(path: Path) -> Iterator[Said]:
 
 def _before_the_end(path: Path) -> Iterator[Said]:
     """Yield the entries of a Trainer's history up to the end of training."""
-    for entry in (_json(path) or {}).get("log_history", ()):
+    for entry in log_entries(_json(path) or {}, path):
         if "train_runtime" in entry:
             return
-        if isinstance(entry.get("step"), int):
+        if type(entry.get("step")) is int:
             yield entry
+
+
+def log_entries(state: Said, path: Path) -> list[Said]:
+    """Return what a Trainer has logged, by the state in a file. Raises InputError if that is no list."""
+    found = state.get("log_history", [])
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise InputError(f"{path}: log_history: expects a list of JSON objects")
+    return found
 
 
 def _of_trainer(entry: Said) -> Said:
@@ -145,10 +153,12 @@ def _of_trainer(entry: Said) -> Said:
     return numbers
 
 
-def _of_factory(said: Said) -> Said:
+def _of_factory(said: Said, path: Path) -> Said:
     """Return a line of LLaMA-Factory's log by the names of a report; its `accuracy` is of training."""
+    if type(said["current_steps"]) is not int:
+        raise InputError(f"{path}: current_steps: expects a whole number, got {shown(said['current_steps'])}")
     names = {"loss": "train_loss", "lr": "learning_rate", "eval_loss": _LOSS}
-    return {"step": int(said["current_steps"])} | {
+    return {"step": said["current_steps"]} | {
         ours: said[theirs] for theirs, ours in names.items() if theirs in said
     }
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tuner.commands.fallback import log_entries
 from tuner.commands.reported import Curve
 from tuner.commands.size import shapes
 from tuner.errors import InputError, shown
@@ -115,10 +116,7 @@ def _of_trainer(folder: Path, objective: Objective) -> FinishedRun:
     state = _json(place)
     lines: list[dict[str, Any]] = []
     rates: dict[int, float] = {}
-    history = state.get("log_history", [])
-    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
-        raise InputError(f"{place}: log_history: expects a list of JSON objects")
-    for entry in history:
+    for entry in log_entries(state, place):
         if "train_runtime" in entry:
             break  # an evaluation after the end of training
         said = {name: value for name, value in entry.items() if _is_number(value)}
