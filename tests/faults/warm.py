@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -163,9 +164,15 @@ def main() -> None:
 
 
 def _load_libraries() -> None:
-    from transformers import AutoModelForCausalLM
+    """What a run and its worker import; none of it starts a thread, which a fork would lack."""
+    for name in (
+        *("alembic.command", "bitsandbytes", "optuna.storages._rdb.models", "optuna_dashboard", "peft"),
+        *("pydantic.main", "rich.console", "rich.table", "ruamel.yaml", "scipy.stats", "typer.main"),
+    ):
+        import_module(name)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert AutoModelForCausalLM  # transformers loads what is named
+    assert AutoModelForCausalLM, AutoTokenizer  # transformers loads what is named
 
 
 def _exit_code(pid: int) -> int | None:
