@@ -39,7 +39,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         data="no/such/data",
         trials=4,
         steps=20,
-        every=5,
+        every=10,
         decay_steps=5,
         learning_rate="{low: 1e-4, high: 1e-3, log: true}",
         storage=f"sqlite:///{tmp_path}/real.db",
@@ -266,7 +266,7 @@ def test_interrupted_and_killed_anywhere_it_comes_to_the_same_end(
     files, trials = round_files(study / "dry-run"), curves(capsys, study)
     (study / "dry-run").rename(tmp_path / "undisturbed")
 
-    code, said = _stopped_at("trial 2  step 5/", signal.SIGINT, study)
+    code, said = _stopped_at("trial 2  step 10/", signal.SIGINT, study)
     assert code == 130
     assert f"resume with: tuner {' '.join(AUTO)}" in said
     for line in ("tiny/round2:", "trial 1  resumes"):
