@@ -37,7 +37,7 @@ SLOTS = st.lists(st.lists(rows(), min_size=1, max_size=4), min_size=1, max_size=
 def test_every_token_has_a_place_of_its_own(
     slots: list[list[Example]], max_grids: int, multiple: int
 ) -> None:
-    (ids, target_rows, columns, positions, numbers, places), shapes = joined_rows(
+    (ids, target_rows, columns, positions, numbers, places, starts), shapes = joined_rows(
         slots, max_grids=max_grids, multiple=multiple
     )
     lengths = [[len(example.input_ids) for example in part] for part in slots]

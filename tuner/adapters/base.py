@@ -28,10 +28,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from tuner.adapters.device_io import one_example_a_row, one_out_of_memory, send
 from tuner.adapters.frozen_linear import FusedNll, chunked_nll, head_nll, product, speed_up, token_scores
-from tuner.adapters.joined import Joined, joined_positions, joined_rows
+from tuner.adapters.joined import Attention, Joined, joined_positions, joined_rows
 from tuner.adapters.liger import nll_and_gradient, require_liger, use_liger
 from tuner.adapters.loaders import load_by_unsloth, require_loader
 from tuner.adapters.placement import connect, devices_of, is_about_offloading, on, placed
+from tuner.adapters.varlen import compared, refused, require_varlen
 from tuner.data import Example
 from tuner.data.pretrained import hub_advice, where_to_look
 from tuner.errors import ModelError
@@ -74,6 +75,8 @@ class Base:
     """Whether the logits are just the output embedding of the last hidden state."""
     joins_rows: bool = field(default=False, init=False)
     """Whether several examples in a row stay apart, as `Joined` lays them."""
+    attention: Attention = field(default="torch", init=False)
+    """What computes attention over joined rows."""
     last: nn.Module | None = field(default=None, init=False)
     """The feed-forward module of the last layer, where tokens do not meet there or afterwards."""
     fused_nll: FusedNll | None = field(default=None, init=False)
@@ -213,22 +216,27 @@ def load_base(
     max_length: int,
     others: Sequence[torch.device] = (),
     kernels: Literal["torch", "liger"] = "torch",
+    attention: Attention = "torch",
 ) -> Base:
     """Load a causal language model for training adapters on it, spread over all devices if there are others.
 
-    `kernels` is `model.kernels` for a worker that trains; answers and later scores are computed by torch
-    alone. Raises ModelError if the model cannot be found, if its rows influence one another, so that a
-    trial's result would depend on its neighbours, or if the kernels cannot be used.
+    `kernels` and `attention` are those of `model` for a worker that trains; answers and later scores are
+    computed by torch alone. Raises ModelError if the model cannot be found, if its rows influence one
+    another, so that a trial's result would depend on its neighbours, or if one of the two cannot be used.
     """
-    if kernels == "torch":
-        loaded = load_model(model, device=device, max_length=max_length, others=others)
-        return freeze(loaded, dtype=DTYPES[model.dtype])
-    require_liger()
-    loaded = load_model(model, device=device, max_length=max_length).eval().requires_grad_(False)
-    with one_out_of_memory():
-        use_liger(loaded)
+    if kernels == "liger":
+        require_liger()
+    if attention == "varlen":
+        require_varlen(torch.device(device))
+    loaded = load_model(model, device=device, max_length=max_length, others=others)
+    if kernels == "liger":
+        loaded.eval().requires_grad_(False)
+        with one_out_of_memory():
+            use_liger(loaded)
     base = freeze(loaded, dtype=DTYPES[model.dtype])
-    base.fused_nll = nll_and_gradient
+    base.fused_nll = nll_and_gradient if kernels == "liger" else None
+    if attention == "varlen":
+        _use_varlen(base, max_length=max_length)
     return base
 
 
@@ -481,9 +489,9 @@ def _keeps_joined_rows_apart(base: Base) -> bool:
     try:
         for before in (first, changed):
             sent, shapes = joined_rows([[before, second]])
-            ids, _, _, positions, examples, places = send(sent, base.device)
-            joined = Joined(positions, examples, places, shapes)
-            with joined.within(base.model), one_example_a_row():
+            ids, _, _, positions, examples, places, starts = send(sent, base.device)
+            joined = Joined(positions, examples, places, starts, shapes)
+            with joined.within(base.model, attention=base.attention), one_example_a_row():
                 found.append(base.model(input_ids=ids, use_cache=False, **joined_positions()).logits)
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         _log.info("rows are padded: %s", error)
@@ -493,6 +501,22 @@ def _keeps_joined_rows_apart(base: Base) -> bool:
     alone = base.model(input_ids=ids, use_cache=False).logits[0].float()
     near = bool((one.float() - alone).norm() <= torch.finfo(base.dtype).eps ** 0.5 * alone.norm())
     return near and not torch.equal(*found) and torch.equal(one, other)
+
+
+def _use_varlen(base: Base, *, max_length: int) -> None:
+    """Let `varlen_attn` compute attention over joined rows, after comparing it with torch's.
+
+    Raises ModelError if it cannot compute this model's attention, or computes something else.
+    """
+    name, own = type(base.model).__name__, base.model.config._attn_implementation
+    if not base.joins_rows:
+        why = "examples in one row would meet" if own == "sdpa" else f"its attention is {own} and not sdpa"
+        raise refused(f"rows of {name} are padded, since {why}")
+    base.attention = "varlen"
+    with compared(max_length):
+        apart = _keeps_joined_rows_apart(base)
+    if not apart:
+        raise refused(f"with it, examples of {name} in one row meet, or logits differ from torch's")
 
 
 def _parts_of_last_layer(model: nn.Module) -> list[nn.Module]:
@@ -512,9 +536,9 @@ def _may_skip_tokens(base: Base, part: nn.Module) -> bool:
     kept = torch.arange(0, 8, 2, device=base.device)
     others = (torch.arange(8, device=base.device) % 2)[None, :, None]
     whole = torch.zeros_like(ids)
-    joined = Joined(
-        torch.arange(8, device=base.device)[None], whole[0], torch.arange(8, device=base.device), ((1, 8),)
-    )
+    places = torch.arange(8, device=base.device)
+    starts = torch.tensor([0, 8], dtype=torch.int32, device=base.device)
+    joined = Joined(places[None], whole[0], places, starts, ((1, 8),))
 
     def logits(of: Joined) -> Tensor:
         with of.within(base.model, last=part), one_example_a_row():

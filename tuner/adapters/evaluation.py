@@ -85,8 +85,8 @@ def join(
     predicting = predicting_places(at_rows, at_columns, ids.shape)
     last = [] if predicting is None else [predicting]
     sent = send_to_each([*arrays, *more, *last], (device, *others))
-    input_ids, rows, columns, positions, numbers, places, *extra = sent
-    joined = Joined(positions, numbers, places, shapes, *extra[len(more) :])
+    input_ids, rows, columns, positions, numbers, places, starts, *extra = sent
+    joined = Joined(positions, numbers, places, starts, shapes, *extra[len(more) :])
     return TokenGrid(input_ids, rows, columns, tuple(extra[: len(more)]), joined)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -27,8 +27,10 @@ from transformers.masking_utils import sdpa_mask
 from tuner.adapters.placement import on
 from tuner.data import Example
 
-_NAME = "tuner_joined"
-"""Of the attention that transformers finds in the model's configuration while rows are joined."""
+Attention: TypeAlias = Literal["torch", "varlen"]
+"""A value of `model.attention`."""
+NAMES: Mapping[Attention, str] = {"torch": "tuner_joined", "varlen": "tuner_varlen"}
+"""Of the attentions that transformers finds in the model's configuration while rows are joined."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Joined:
     """[slots * length] its example's number: slot after slot, as many as in the slot with the most."""
     places: Tensor
     """[slots * length] in the flattened grids of examples, one grid after the other."""
+    starts: Tensor
+    """[examples + 1] in int32 where each begins in the flattened rows, filler too; the end of the last."""
     shapes: tuple[tuple[int, int], ...]
     """Rows and length of each grid. Attention costs the square of the length: short rows have their own."""
     predicting: Tensor | None = None
@@ -65,9 +69,16 @@ class Joined:
         joined: Tensor = _Gathered.apply(flat[0] if len(flat) == 1 else torch.cat(flat), places)  # type: ignore[no-untyped-call]
         return joined.view(*self.positions.shape, *joined.shape[1:])
 
+    @property
+    def longest(self) -> int:
+        """Return the length that no example exceeds."""
+        return max(length for _, length in self.shapes)
+
     @contextmanager
-    def within(self, model: nn.Module, *, last: nn.Module | None = None) -> Iterator[None]:
-        """Lay rows apart in the model's attention within the block, the backward pass included.
+    def within(
+        self, model: nn.Module, *, last: nn.Module | None = None, attention: Attention = "torch"
+    ) -> Iterator[None]:
+        """Keep examples apart in the model's attention within the block, the backward pass included.
 
         `last` is a module after which tokens do not meet: it runs on the tokens before targets only.
         """
@@ -76,7 +87,7 @@ class Joined:
         _current.append(self)
         try:
             for config in configs:
-                config._attn_implementation_internal = _NAME
+                config._attn_implementation_internal = NAMES[attention]
             with nullcontext() if last is None or self.predicting is None else self._narrowing(last):
                 yield
         finally:
@@ -122,6 +133,11 @@ _current: list[Joined] = []
 """That of the pass; transformers hands attention nothing of ours."""
 
 
+def current() -> Joined:
+    """Return where tokens belong in the pass that is running."""
+    return _current[-1]
+
+
 def joined_positions() -> dict[str, Tensor]:
     """Return a model's argument with the positions of tokens in joined rows; nothing for padded ones."""
     return {"position_ids": _current[-1].positions} if _current else {}
@@ -161,7 +177,7 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
 ) -> tuple[Tensor, None]:
     """As transformers' for `sdpa`, on rows that are laid apart."""
-    joined, outputs = _current[-1], []
+    joined, outputs = current(), []
     for *parts, (_, length) in zip(*map(joined.apart, (query, key, value)), joined.shapes, strict=True):
         mask = None if attention_mask is None else attention_mask[:, :, :length, :length]
         output, _ = sdpa_attention_forward(module, *parts, mask, **more)
@@ -171,13 +187,13 @@ def _attention(
 
 def _mask(batch_size: int, q_length: int, kv_length: int, **more: Any) -> Tensor | None:
     """Make the mask that the model wants for an example of the longest grid; the same for every example."""
-    length = max(length for _, length in _current[-1].shapes)
+    length = current().longest
     mask: Tensor | None = sdpa_mask(1, length, length, **more)
     return mask
 
 
-AttentionInterface.register(_NAME, _attention)
-AttentionMaskInterface.register(_NAME, _mask)
+AttentionInterface.register(NAMES["torch"], _attention)
+AttentionMaskInterface.register(NAMES["torch"], _mask)
 
 
 _GRID_COST = 128**2
@@ -186,7 +202,7 @@ _GRID_COST = 128**2
 
 def joined_rows(
     examples: Sequence[Sequence[Example]], *, max_grids: int = 1, multiple: int = 1
-) -> tuple[list[NDArray[np.int64]], tuple[tuple[int, int], ...]]:
+) -> tuple[list[NDArray[Any]], tuple[tuple[int, int], ...]]:
     """Join the examples of each slot.
 
     Returns tokens [slots, length], the row and column of each target token, and the fields of `Joined`. A
@@ -219,7 +235,8 @@ def joined_rows(
         places[span] = first + positions[span]
     shape = len(examples), length
     rows, columns = np.nonzero(target.reshape(shape))
-    return [ids.reshape(shape), rows, columns, positions.reshape(shape), numbers, places], shapes
+    starts = np.array([0, *(span.stop for span in spans)], np.int32)
+    return [ids.reshape(shape), rows, columns, positions.reshape(shape), numbers, places, starts], shapes
 
 
 def _in_grids(

@@ -7,7 +7,7 @@ dimension keep trials apart: one trial's NaN never reaches another.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from tuner.adapters.base import Base
 from tuner.adapters.device_pack import DevicePack, MasterTensors, PackedRows
 from tuner.adapters.dora import weight_norm
 from tuner.adapters.initial import Adapter
+from tuner.adapters.joined import Joined
 from tuner.adapters.packed_linear import PackedLinear
 
 _GPU_RANK_MULTIPLE = 8
@@ -145,12 +146,15 @@ class Pack:
                 part.arrange(packed)
         joined = None if packed is None else packed.joined
         try:
-            with nullcontext() if joined is None else joined.within(self.base.model, last=self.base.last):
+            with nullcontext() if joined is None else self._within(joined):
                 yield
         finally:
             self.rows = None
             for part in self.parts:
                 part.arranged = None
+
+    def _within(self, joined: Joined) -> AbstractContextManager[None]:
+        return joined.within(self.base.model, last=self.base.last, attention=self.base.attention)
 
     def token_nll(
         self, input_ids: Tensor, rows: Tensor, columns: Tensor, packed: PackedRows | None

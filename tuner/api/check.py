@@ -214,9 +214,13 @@ def _plan(
     from tuner.adapters import embeddings_of, largest_adapter
     from tuner.adapters.generation import ends_unlike_its_base, warning_of_ends
     from tuner.adapters.liger import require_liger
+    from tuner.adapters.placement import worker_devices
+    from tuner.adapters.varlen import require_varlen
 
     if model.kernels == "liger" and spec.run.engine == "local":
         require_liger()
+    if model.attention == "varlen" and spec.run.engine == "local":
+        require_varlen(worker_devices(1)[0])
     with _naming_the_probe(spec.model, prober):
         num_embeddings, adapter_weights = embeddings_of(model), largest_adapter(model, spec.space())
     refuse_tokens_beyond(data, num_embeddings, lambda: tokenizer)

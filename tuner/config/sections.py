@@ -145,6 +145,9 @@ class ModelSpec(BaseModel):
     kernels: Literal["torch", "liger"] = "torch"
     """What computes norms, RoPE, gated activations and losses while training: `liger` is faster on a GPU and
     rounds otherwise. It needs a GPU, the extra `liger` and an architecture that liger-kernel knows."""
+    attention: Literal["torch", "varlen"] = "torch"
+    """What computes attention in training passes whose examples share a row: `varlen` is torch's varlen_attn,
+    which needs no copies into a padded grid and rounds otherwise. It needs a GPU and `dtype: bfloat16`."""
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Load the base model's weights in 4 bits (`nf4`, as QLoRA does) or 8 bits (`int8`)."""
     revision: str | None = None
@@ -175,9 +178,17 @@ class ModelSpec(BaseModel):
 
     @model_validator(mode="after")
     def _unsloth_has_kernels(self) -> Self:
-        if self.loader == "unsloth" and self.kernels != "torch":
+        wrong = [key for key in ("kernels", "attention") if getattr(self, key) != "torch"]
+        if self.loader == "unsloth" and wrong:
             message = "unsloth has kernels of its own; remove this line, or use loader: transformers"
-            refuse("model", [Refusal(("kernels",), message, rests_on=("model.loader",))])
+            refuse("model", [Refusal((key,), message, rests_on=("model.loader",)) for key in wrong])
+        return self
+
+    @model_validator(mode="after")
+    def _varlen_is_of_bfloat16(self) -> Self:
+        if self.attention == "varlen" and self.dtype != "bfloat16":
+            message = "varlen is for dtype: bfloat16; set attention: torch, or dtype: bfloat16"
+            refuse("model", [Refusal(("attention",), message, rests_on=("model.dtype",))])
         return self
 
     @model_validator(mode="after")

@@ -152,8 +152,14 @@ def arrange(
         _log.info("slots: %s: %s", slots, spec.trains_alone)
         slots = 1
     if base is None:
-        kernels, length = spec.model.kernels, spec.data.max_length
-        base = load_base(spec.model, device=device, max_length=length, others=others, kernels=kernels)
+        base = load_base(
+            spec.model,
+            device=device,
+            max_length=spec.data.max_length,
+            others=others,
+            kernels=spec.model.kernels,
+            attention=spec.model.attention,
+        )
     refuse_tokens_beyond(data, base.num_embeddings, lambda: load_tokenizer(spec.model))
     with explain_out_of_memory(slots):
         state = _packed(spec, data, base, slots=slots)
@@ -306,8 +312,9 @@ def workload(base: Base, data: PreparedData, spec: RoundSpec) -> str:
     total.update(f"{spec.model.dtype} {spec.model.quantization} {spec.data.max_length}".encode())
     if spec.model.tf32:
         total.update(b" tf32")
-    if spec.model.kernels != "torch":
-        total.update(f" {spec.model.kernels}".encode())
+    for chosen in (spec.model.kernels, spec.model.attention):
+        if chosen != "torch":
+            total.update(f" {chosen}".encode())
     for name, parameter in base.model.named_parameters():
         sample = parameter.detach().reshape(-1)[:1024].cpu().contiguous().view(torch.uint8)
         total.update(name.encode() + sample.numpy().tobytes())

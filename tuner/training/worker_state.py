@@ -292,11 +292,12 @@ class WorkerState:
         """Return whether training passes have the examples of a trial in one row instead of padding each.
 
         With one slot, where rows are of similar length they are padded: it costs little, and losses stay what
-        earlier versions computed, to the digit.
+        earlier versions computed, to the digit. Not with varlen's attention, which is for joined rows.
         """
         lengths = self.train.num_tokens
         differ = int(lengths.max()) > SIMILAR_LENGTHS * float(lengths.mean())
-        return self.base.joins_rows and (self.pack.num_slots > 1 or differ)
+        wanted = self.pack.num_slots > 1 or differ or self.base.attention == "varlen"
+        return self.base.joins_rows and wanted
 
     def new_adapter(self, hyperparameters: Hyperparameters, *, seed: int) -> Adapter:
         """Return a new adapter with PEFT's initialisation. Raises ModelError if it cannot be made."""
