@@ -167,6 +167,8 @@ def table(cell: packing.Cell, *trials: int) -> Callable[[bool], Outcome]:
         )
         packing.keep_freed_memory()
         lines = packing.table_head()
+        if rehearse and cell.attention != "torch":
+            lines = [f"attention: {cell.attention} needs a GPU; rehearsed with torch's.", "", *lines]
         print("\n".join(lines), file=sys.stderr, flush=True)
         for line in packing.rows_of(small(cell) if rehearse else cell, arguments):
             lines.append(line)
@@ -177,12 +179,16 @@ def table(cell: packing.Cell, *trials: int) -> Callable[[bool], Outcome]:
 
 
 def small(cell: packing.Cell) -> packing.Cell:
-    """The cell with a model and rows for a CPU: its precision, optimizer and kind of rows stay."""
+    """The cell with a model and rows for a CPU: its precision, optimizer and kind of rows stay.
+
+    Attention is torch's: no CPU has the other one.
+    """
     narrow = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 256}
     shape = packing.TINY.shape | narrow
     short = {"steps": 6, "evaluation_rows": 8, "evaluate_every": 6, "accumulation": 2}
+    tokens = 96 if cell.is_alpaca else 16
     return replace(
-        cell, shape=shape, tokens=96 if cell.is_alpaca else 16, batch_sizes=cell.batch_sizes[:2], **short
+        cell, shape=shape, tokens=tokens, batch_sizes=cell.batch_sizes[:2], attention="torch", **short
     )
 
 
@@ -249,7 +255,8 @@ def parts() -> dict[str, Part]:
         says = f"K = 1 to {fitting[-1]} beside the limit, {cell.micro_tokens} tokens a micro-step"
         name = f"packing-{cell.name}-{cell.micro_tokens}"
         made.append(Part(name, minutes, says, table(cell, *fitting)))
-    for cell in packing.real_cells(packing.gpu_cells()[0]):
+    base = packing.gpu_cells()[0]
+    for cell in (*packing.real_cells(base), packing.varlen_cell(base)):
         _, _, what = cell.name.partition(", ")
         name = f"real-{what or 'lengths'}".replace(" ", "-")
         made.append(Part(name, 5, f"K = 8, Alpaca's lengths, {what or 'nothing else'}", table(cell, 8)))

@@ -80,6 +80,8 @@ class Cell:
     optimizer: str = "adamw"
     has_hole: bool = False
     """Packed, a slot between the others is empty."""
+    attention: str = "torch"
+    """Of tuner's training passes."""
 
     @property
     def micro_tokens(self) -> int:
@@ -178,6 +180,12 @@ def real_cells(cell: Cell) -> list[Cell]:
     return [rows, *single, replace(rows, name=f"{rows.name}, all", **every)]
 
 
+def varlen_cell(cell: Cell) -> Cell:
+    """The first of the `real_cells`, with attention that needs a GPU."""
+    rows = real_cells(cell)[0]
+    return replace(rows, name=f"{rows.name}, varlen", attention="varlen")
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One round of K trials, one way."""
@@ -249,6 +257,7 @@ def round_spec(cell: Cell, directory: Path) -> RoundSpec:
                 "path": str(directory / "base"),
                 "dtype": cell.dtype,
                 "quantization": cell.quantization,
+                "attention": cell.attention,
             },
             "data": {
                 "train": [{"path": str(directory / "train.jsonl"), "format": "text"}],
@@ -569,7 +578,7 @@ def cells_of(arguments: argparse.Namespace) -> list[Cell]:
         "smollm2": lambda: [SMOLLM2],
         "real": lambda: real_cells(short),
         "gpu": gpu_cells,
-        "gpu-real": lambda: real_cells(gpu_cells()[0]),
+        "gpu-real": lambda: [*real_cells(gpu_cells()[0]), varlen_cell(gpu_cells()[0])],
     }[arguments.cells]()
     named = {f"{cell.name},{cell.micro_tokens}": cell for cell in cells}
     if arguments.only is None:

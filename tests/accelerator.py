@@ -28,6 +28,7 @@ from tests import tiny
 from tests.training.driving import Hyperparameters, worker_state
 from tuner.adapters import Base, Pack, device_io, evaluation
 from tuner.adapters.frozen_linear import speed_up
+from tuner.adapters.joined import Attention
 from tuner.adapters.placement import connect
 from tuner.records import Assignment
 from tuner.training import packed_passes, trial_run
@@ -138,6 +139,7 @@ def training(
     answer: Callable[[Sequence[Tensor]], list[list[float]]] = ones,
     second: Sequence[str] = (),
     num_layers: int = 2,
+    attention: Attention = "torch",
 ) -> Iterator[Accelerated]:
     """Trials by slot on a Llama, of which modules may be on the second device.
 
@@ -149,7 +151,7 @@ def training(
         .requires_grad_(False)
     )
     base = Base(model, dtype, head_is_linear=True)  # what `freeze` finds out by computing is said instead
-    base.joins_rows, base.last = joins_rows, model.model.layers[-1].mlp
+    base.joins_rows, base.last, base.attention = joins_rows, model.model.layers[-1].mlp, attention
     speed_up(model)
     with worker_state(base, trials.values(), micro_tokens=micro_tokens) as state:
         starts = {slot: state.new_adapter(trial, seed=slot) for slot, trial in trials.items()}

@@ -47,6 +47,9 @@ def test_every_token_has_a_place_of_its_own(
     size = sum(height * length for height, length in shapes)
     assert len(set(places.tolist())) == places.size
     assert 0 <= places.min() <= places.max() < size
+    assert starts.dtype == np.int32
+    assert (starts[0], starts[-1]) == (0, ids.size)
+    assert 0 < np.diff(starts).min() <= np.diff(starts).max() <= max(length for _, length in shapes)
     height = max(len(part) for part in slots)
     expected = set()
     for slot, part in enumerate(slots):
@@ -58,6 +61,7 @@ def test_every_token_has_a_place_of_its_own(
             assert positions[slot, here].tolist() == list(range(here.stop - here.start))
             assert (numbers[flat] == slot * height + place).all()
             assert (np.diff(places[flat]) == 1).all()
+            assert flat.stop == starts[starts.tolist().index(flat.start) + 1]
             expected |= {(slot, start + int(column)) for column in np.flatnonzero(example.is_target)}
             start = here.stop
     assert set(zip(target_rows.tolist(), columns.tolist(), strict=True)) == expected

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.cli.conftest import MountTmpfs, make_read_only
 from tests.studies import tuner, write_round
@@ -358,6 +359,18 @@ def test_kernels_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixtur
     message = refused(tmp_path, capsys, "study", "check", str(path))
     assert "model.kernels: liger cannot be used here: the package liger-kernel is not installed" in message
     assert install_command("liger") in message
+
+
+def test_attention_that_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.studies import QUICKSTART
+
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    path = write_round(tmp_path, base=f"{QUICKSTART / 'base'}, attention: varlen")
+    path.write_text(path.read_text().replace("dtype: float32", "dtype: bfloat16"))
+    message = refused(tmp_path, capsys, "study", "check", str(path))
+    assert "model.attention: varlen cannot be used here: it needs a CUDA GPU" in message
+    assert message.rstrip().endswith("Set model.attention: torch")
 
 
 def test_a_missing_model_and_missing_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,6 +160,20 @@ def test_a_rule_is_silent_while_what_it_rests_on_is_wrong():
         ),
         (
             "model}",
+            "model, loader: unsloth, attention: varlen}",
+            3,
+            "model.attention",
+            "unsloth has kernels of its own",
+        ),
+        (
+            "model}",
+            "model, dtype: float32, attention: varlen}",
+            3,
+            "model.attention",
+            "varlen is for dtype: bfloat16; set attention: torch, or dtype: bfloat16",
+        ),
+        (
+            "model}",
             "model, loader: unsloth, quantization: int8}",
             3,
             "model.quantization",

@@ -55,6 +55,7 @@ def test_a_part_that_does_not_exist(gpu: SimpleNamespace, capsys: pytest.Capture
 def test_each_part_says_what_it_takes(gpu: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     parts = gpu.parts()
     assert {"doctor", "tests", "equality-bf16", "equality-nf4", "real-all", "smollm2"} < parts.keys()
+    assert parts["real-varlen"].says == "K = 8, Alpaca's lengths, varlen"
     cells = [name for name in parts if name.startswith("packing-")]
     assert len(cells) == 9
     assert all(60 * part.minutes < gpu.LIMIT_SECONDS for part in parts.values())
@@ -77,6 +78,15 @@ def test_each_part_says_what_it_takes(gpu: SimpleNamespace, capsys: pytest.Captu
 )
 def test_what_counts_as_equal(gpu: SimpleNamespace, numbers: tuple[float, ...], holds: bool) -> None:
     assert gpu.Differences(*numbers).holds is holds
+
+
+def test_varlen_is_rehearsed_with_torchs_attention(gpu: SimpleNamespace, tmp_path: Path) -> None:
+    """The row beside it on the page is of the same cell."""
+    cell = gpu.packing.varlen_cell(gpu.packing.gpu_cells()[0])
+    beside = gpu.packing.real_cells(gpu.packing.gpu_cells()[0])[0]
+    assert replace(cell, name=beside.name, attention="torch") == beside
+    assert gpu.packing.round_spec(cell, tmp_path).model.attention == "varlen"
+    assert gpu.packing.round_spec(gpu.small(cell), tmp_path).model.attention == "torch"
 
 
 def test_packed_is_alone_and_trainer(gpu: SimpleNamespace) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
 from tests.accelerator import FIRST, SECOND, Crossings, accelerated, is_tally, tally, training
@@ -181,6 +184,42 @@ def test_what_a_micro_step_sends(optimizer: str) -> None:
             assert crossings.counted == {("cpu", FIRST): 1 + is_update}
             seen.add(is_update)
     assert seen == {False, True}
+
+
+class Attended(TorchDispatchMode):
+    """Counts calls of `varlen_attn`, forward and backward, and copies into grids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = operator.name().partition("::")[2]
+        if "attn" in name or "attention" in name or name == "index_copy_":
+            self.counted[name] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("slots", "second", "reads"),
+    [pytest.param((0,), SPREAD, 1, id="alone, two devices"), pytest.param((0, 1, 3), (), 0, id="a hole")],
+)
+def test_varlen_is_one_call_a_layer(slots: Sequence[int], second: Sequence[str], reads: int) -> None:
+    """For all trials; what marks their examples comes with the rows, and the host does not wait for it."""
+    trials = {n: tiny.hyperparameters(training_seed=n, lora_dropout=0.05) for n in slots}
+    with training(trials, second=second, attention="varlen") as on:
+        on.state.read_every_seconds, on.state.read_at = 3600.0, time.monotonic()
+        micro_step(on.state, on.runs)
+        before = len(on.reads.devices)
+        with Attended() as attended, Crossings() as crossings:
+            micro_step(on.state, on.runs)
+        assert len(on.reads.devices) - before == reads  # of the updates, which the host decides for two
+    copies = attended.counted.pop("index_copy_", 0)
+    assert attended.counted == {"_varlen_attn": 2, "_varlen_attn_backward": 2}
+    assert copies <= 2  # of the last layer's feed-forward
+    # Rows and what belongs to them, and on one device the updates.
+    assert crossings.counted["cpu", FIRST] == (1 if second else 2)
+    assert crossings.counted["cpu", SECOND] == (1 if second else 0)
 
 
 HOSTS = replace(ADAMW, name="hosts", skips_on_device=False)

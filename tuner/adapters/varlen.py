@@ -27,7 +27,7 @@ try:
 except ImportError:  # an older torch
     varlen_attn = None  # type: ignore[assignment]
 
-_DEVICE_TYPE, _DTYPES = "cuda", (torch.bfloat16, torch.float16)
+_DEVICE_TYPE, _DTYPES = "cuda", (torch.bfloat16,)
 _MAX_HEAD_SIZE, _HEAD_SIZE_MULTIPLE = 256, 8
 """What it is made for; the kernel's own errors tell what else it cannot do."""
 _NEEDED = {"scale", "window_size", "enable_gqa"}
@@ -99,7 +99,7 @@ def _by_varlen(
         joined.longest,
         joined.longest,
         scale=scaling,
-        # Of tokens before the own one, which transformers' windows count, too.
+        # transformers' windows count the token itself, too.
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=num_heads != num_kv_heads,
     )
@@ -123,7 +123,7 @@ AttentionMaskInterface.register(NAMES["varlen"], _mask)
 
 
 _NOT_FOR_ATTENTION = {"position_ids", "use_cache"}
-"""What layers hand on with what is."""
+"""Layers hand them on to every attention."""
 
 
 def _unknown(module: nn.Module, more: dict[str, Any]) -> str | None:
