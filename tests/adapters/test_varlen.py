@@ -91,6 +91,15 @@ def test_layers_that_are_recomputed(paths: dict[str, Path], starts: list[Tensor]
     assert loss_difference(*found) < 1e-5
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_bfloat16(models: tiny.Models, starts: list[Tensor], quantization: str) -> None:
+    """Rounding is not taken for another attention; what makes queries does not matter."""
+    path = models.path("llama", **tiny.WIDE)
+    spec = tiny.model_spec(path, dtype="bfloat16", attention="varlen", quantization=quantization)
+    base = load_base(spec, device="cpu", max_length=tiny.MAX_LENGTH, attention=spec.attention)
+    assert (base.attention, base.joins_rows) == ("varlen", True)
+
+
 def test_one_slot_joins_rows_of_similar_length(paths: dict[str, Path], starts: list[Tensor]) -> None:
     rows = tiny.examples(12, shortest=20, longest=24)
     trial = tiny.hyperparameters()
