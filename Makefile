@@ -85,7 +85,7 @@ check: setup
 	diff docs/reference/cli.md $(VENV)/cli.md || (echo 'docs/reference/cli.md is stale: make fix'; exit 1)
 
 test: setup
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 --cov --cov-report=
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=20 --cov --cov-report=
 	$(BIN)/coverage report --include='tuner/playbook/*,tuner/config/*,tuner/store/*,tuner/study/*' --fail-under=90
 
 explore: setup
