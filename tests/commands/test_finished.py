@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
-import csv
 import json
 import math
 from contextlib import ExitStack
