@@ -21,12 +21,13 @@ from transformers import (
 from tests import tiny
 from tests.adapters.test_pack import STEP, adapter, packed
 from tests.adapters.test_token_grid import rows
-from tuner.adapters import Base, PackedRows
+from tuner.adapters import Base, PackedRows, joined
 from tuner.adapters.base import freeze, load_base, load_model
 from tuner.adapters.evaluation import TokenGrid, grid, join
 from tuner.adapters.frozen_linear import row_keys
 from tuner.adapters.joined import joined_rows, predicting_places
 from tuner.data import Example
+from tuner.errors import ModelError
 
 CPU = torch.device("cpu")
 SHAPES: tuple[tiny.Shape, ...] = ("llama", "qwen2", "gpt2")
@@ -231,6 +232,15 @@ def test_models_whose_examples_meet_keep_the_grid(
     for dtype in ("float32", "bfloat16"):
         spec = tiny.model_spec(path, dtype=dtype)
         assert not load_base(spec, device="cpu", max_length=tiny.MAX_LENGTH).joins_rows
+
+
+def test_too_little_memory_does_not_pad_rows(models: tiny.Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(joined, "sdpa_attention_forward", too_large)
+    with pytest.raises(ModelError, match="does not fit into the memory of cpu: CUDA error: out of memory"):
+        load_base(tiny.model_spec(models.path("llama")), device="cpu", max_length=tiny.MAX_LENGTH)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])

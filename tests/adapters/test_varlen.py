@@ -216,8 +216,15 @@ def _wrong_gradients(*given: Any, **more: Any) -> Tensor:
     return reference(Doubled.apply(query), *others, **more)  # type: ignore[no-untyped-call]
 
 
-def _too_old(*_: Any, **__: Any) -> None:
-    raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.\nException raised from mha_fwd")
+def _raising(error: Exception) -> Callable[..., Tensor]:
+    def call(*_: Any, **__: Any) -> None:
+        raise error
+
+    return changed(call)
+
+
+_CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+_OLDER_GPU = "FlashAttention only supports Ampere GPUs or newer.\nException raised from mha_fwd"
 
 
 @pytest.mark.parametrize(
@@ -227,15 +234,26 @@ def _too_old(*_: Any, **__: Any) -> None:
         (changed(lambda *_, **__: {"window_size": (5, 0)}), "Attention: values differ from torch's by"),
         (changed(lambda *_, **__: {"window_size": (-1, 0)}), "Attention: values differ from torch's by"),
         (wraps(reference)(_wrong_gradients), "Attention: gradients of queries differ from torch's by"),
-        (changed(_too_old), "varlen_attn says: FlashAttention only supports Ampere GPUs or newer."),
+        (
+            _raising(RuntimeError(_OLDER_GPU)),
+            "varlen_attn says: FlashAttention only supports Ampere GPUs or newer.",
+        ),
+        (_raising(TypeError("no such argument")), "varlen_attn says: no such argument"),
+        (_raising(AssertionError()), "varlen_attn says: AssertionError"),
     ],
-    ids=["scale", "wider window", "no window", "gradients", "older GPU"],
+    ids=["scale", "wider window", "no window", "gradients", "older GPU", "another version", "no words"],
 )
 def test_a_kernel_that_computes_something_else(
     paths: dict[str, Path], kernel: Callable[..., Tensor], said: str
 ) -> None:
     with on_a_cpu(kernel):
         assert said in refusal(paths["mistral"])
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(_CUBLAS)])
+def test_too_little_memory_is_no_fault_of_attention(paths: dict[str, Path], error: RuntimeError) -> None:
+    with on_a_cpu(_raising(error)), pytest.raises(ModelError, match="does not fit into the memory of cpu"):
+        loaded(paths["llama"])
 
 
 def test_a_kernel_whose_examples_meet(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,14 +229,16 @@ def load_base(
     if attention == "varlen":
         require_varlen(torch.device(device))
     loaded = load_model(model, device=device, max_length=max_length, others=others)
-    if kernels == "liger":
-        loaded.eval().requires_grad_(False)
+    try:
         with one_out_of_memory():
-            use_liger(loaded)
-    base = freeze(loaded, dtype=DTYPES[model.dtype])
+            if kernels == "liger":
+                use_liger(loaded.eval().requires_grad_(False))
+            base = freeze(loaded, dtype=DTYPES[model.dtype])
+            if attention == "varlen":
+                _use_varlen(base, max_length=max_length)
+    except torch.OutOfMemoryError as error:  # of a few tokens
+        raise _too_large(model, (torch.device(device), *others), error) from error
     base.fused_nll = nll_and_gradient if kernels == "liger" else None
-    if attention == "varlen":
-        _use_varlen(base, max_length=max_length)
     return base
 
 
@@ -470,6 +472,10 @@ def _sees_what_follows(base: Base) -> bool:
     return bool((one - other).norm() > torch.finfo(base.dtype).eps ** 0.5 * one.norm())
 
 
+_OF_OTHER_ROWS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+"""What a model may raise for rows that it was not written for."""
+
+
 @torch.no_grad()
 def _keeps_joined_rows_apart(base: Base) -> bool:
     """Join two examples, change the first, and compare the bits of the second's logits.
@@ -491,9 +497,15 @@ def _keeps_joined_rows_apart(base: Base) -> bool:
             sent, shapes = joined_rows([[before, second]])
             ids, _, _, positions, examples, places, starts = send(sent, base.device)
             joined = Joined(positions, examples, places, starts, shapes)
-            with joined.within(base.model, attention=base.attention), one_example_a_row():
+            with (
+                one_out_of_memory(),
+                joined.within(base.model, attention=base.attention),
+                one_example_a_row(),
+            ):
                 found.append(base.model(input_ids=ids, use_cache=False, **joined_positions()).logits)
-    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except _OF_OTHER_ROWS as error:
         _log.info("rows are padded: %s", error)
         return False
     one, other = (logits[0, size:] for logits in found)
@@ -541,7 +553,7 @@ def _may_skip_tokens(base: Base, part: nn.Module) -> bool:
     joined = Joined(places[None], whole[0], places, starts, ((1, 8),))
 
     def logits(of: Joined) -> Tensor:
-        with of.within(base.model, last=part), one_example_a_row():
+        with one_out_of_memory(), of.within(base.model, last=part), one_example_a_row():
             return base.model(input_ids=ids, use_cache=False, **joined_positions()).logits[0]  # type: ignore[no-any-return]
 
     hooks: list[Any] = []
@@ -551,7 +563,9 @@ def _may_skip_tokens(base: Base, part: nn.Module) -> bool:
         hooks.append(part.register_forward_pre_hook(lambda _, inputs: (inputs[0] + others.to(inputs[0]),)))
         hooks.append(part.register_forward_hook(lambda _, __, output: output + others.to(output)))
         changed = logits(joined)
-    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except _OF_OTHER_ROWS as error:
         _log.info("the last layer sees all tokens: %s", error)
         return False
     finally:
