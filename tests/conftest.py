@@ -36,10 +36,6 @@ assert callable(providers._get_local_constants)
 providers._get_local_constants = providers.Constants
 
 TESTS = Path(__file__).parent
-COVERING = frozenset({"playbook", "config", "store", "study"})
-"""The tests that cover `make test`'s four rooms."""
-REPEATING = frozenset({"test_kill", "test_optuna_rows", "test_outage", "test_studies"})
-"""Files of those that run whole rounds again and again, under faults."""
 FORKING = frozenset({"api", "benchmarks", "cli", "docs", "inference", "methods", "recorded", "study"})
 """The tests whose workers are forks: how a worker starts is none of their subjects."""
 
@@ -126,18 +122,10 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the slowest tests come first, so that processes that share the files end together.
-
-    Coverage, which makes Python half as fast, is taken where it is asked for: `COVERING`, without slow
-    tests, those that hypothesis draws, and those that do on PostgreSQL what others do on SQLite.
-    """
+    """Files with the slowest tests come first, so that processes that share the files end together."""
     slowness: dict[Path, float] = defaultdict(float)
     for item in items:
         slowness[item.path] = max(slowness[item.path], _slowness(item))
-        is_drawn = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
-        is_covering = item.path.relative_to(TESTS).parts[0] in COVERING and item.path.stem not in REPEATING
-        if not is_covering or is_drawn or _slowness(item) or "postgres" in item.nodeid.lower():
-            item.add_marker(pytest.mark.no_cover)
     items.sort(key=lambda item: -slowness[item.path])
 
 
