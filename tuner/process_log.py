@@ -24,7 +24,7 @@ _LAST_LINES = 15
 """Of a log, in a message."""
 
 _SECRETS = (
-    (re.compile(r"(\w://[^\s:/@'\"<>]*):[^\s'\"<>]+@"), r"\1:***@"),
+    (re.compile(r"(\w://[^\s:/@'\"<>]*):[^\s<>]+@"), r"\1:***@"),
     (
         re.compile(
             r"(?i)([?&;](?:[\w.-]|%2d)*(?:sig|token|credential|secret|passw|key|policy|accessid|auth)[\w.-]*=)"

@@ -90,6 +90,7 @@ def test_a_bug_outside_a_round_has_a_file_of_its_own(tmp_path: Path, monkeypatch
     ("text", "shown"),
     [
         ("postgresql+psycopg://ann:pa/s@w@host/db failed", "postgresql+psycopg://ann:***@host/db failed"),
+        ("storage: 'postgresql://ann:it''s@host/db', 5", "storage: 'postgresql://ann:***@host/db', 5"),
         ("connection to host=x password=hunter2 user=ann", "connection to host=x password=*** user=ann"),
         (
             "GET https://b.s3.amazonaws.com/k.jsonl?X-Amz-Credential=AKIA%2F2&X-Amz-Signature=a1b2&X-Amz-Date=5",
@@ -114,6 +115,7 @@ def test_what_is_kept_has_no_secret(text: str, shown: str) -> None:
         "12 tokens: 3.4 a second; num_tokens=5, max_new_tokens: 6",
         "https://user@host/x?revision=main&key_frames",
         "File '/x.py', line 3: KeyError: 'a'",
+        "http://host:8080/x and user@host, 'https://host/y' and 'user@host'",
         "storage: postgresql+psycopg://u:***@host/db?password=***: connection failed",
     ],
 )
