@@ -7,11 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from tuner.engines import LocalProcess
 from tuner.engines.processes import (
     TOKEN,
     Identity,
@@ -143,3 +147,24 @@ def test_a_system_that_does_not_tell_ends_nothing(monkeypatch) -> None:
 
     monkeypatch.setattr(os, "readlink", missing)
     assert end_with_token(new_token()) == []
+
+
+def test_two_that_wait_for_a_process_close_its_input_one_after_the_other(tmp_path: Path) -> None:
+    """Python's own `close` fails where another thread is within it with bytes left to write."""
+
+    class Input:
+        is_within = False
+
+        def close(self) -> None:
+            assert not self.is_within
+            self.is_within = True
+            time.sleep(0.05)
+            self.is_within = False
+
+    process = LocalProcess(["-c", ""], log=tmp_path / "worker.log")
+    own, process.popen.stdin = process.popen.stdin, cast(Any, Input())
+    with ThreadPoolExecutor() as threads:
+        assert list(threads.map(process.wait, [60.0, 60.0])) == [0, 0]
+    for stream in (own, process.popen.stdout):
+        assert stream is not None
+        stream.close()

@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -199,6 +201,7 @@ class LocalProcess:
                 env={**os.environ, **(environment or {}), TOKEN: self._token},
             )
 
+        self._closing = threading.Lock()
         self._record = log.with_suffix(".pid")
         record_worker(self._record, self.popen.pid, self._token)
 
@@ -239,10 +242,9 @@ class LocalProcess:
             raise TimeoutError(str(error)) from error
         self._record.unlink(missing_ok=True)
         if self.popen.stdin is not None:
-            try:
+            # The reader waits for the end, too: two that close at once free a command's bytes twice.
+            with self._closing, suppress(BrokenPipeError):  # a command was left unread
                 self.popen.stdin.close()
-            except BrokenPipeError:
-                return code  # a command was left unread
         return code
 
     def kill(self) -> None:
