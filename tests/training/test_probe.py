@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -62,12 +63,17 @@ def test_probe_times_a_trial_and_leaves_nothing(models: tiny.Models, tmp_path: P
 
 
 def test_auto_is_one_slot_on_a_cpu_and_a_probe_says_what_packing_is_worth(
-    models: tiny.Models, tmp_path: Path
+    models: tiny.Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, data = _round(models, tmp_path)
     state = arrange(spec, data, slots="auto")
     assert state.pack.num_slots == 1
     alone = predict(state, spec)
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=1 << 20))
+    assert predict_packed(state, spec, alone) == alone
+    # What files occupy in memory is there for whoever asks.
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(free=0, available=1 << 40))
     both = predict_packed(state, spec, alone)
     assert both.packed_slots == min(4, spec.num_trials) > 1
     assert both.packing_gain == alone.seconds_per_step / both.packed_seconds_per_step  # type: ignore[operator]

@@ -6,13 +6,13 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -241,8 +241,7 @@ def predict_packed(state: WorkerState, spec: RoundSpec, predicted: Prediction) -
     That is so on a CPU. `state` is of no use afterwards.
     """
     slots = min(PROBED_SLOTS, spec.num_trials)
-    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    fits = _MEMORY_FACTOR * predicted.peak_memory_bytes < free_bytes
+    fits = _MEMORY_FACTOR * predicted.peak_memory_bytes < psutil.virtual_memory().available
     if state.base.device.type != "cpu" or predicted.slots > 1 or slots < 2 or spec.trains_alone or not fits:
         return predicted
     packed = predict(with_slots(state, spec, slots), spec)
