@@ -35,6 +35,7 @@ HYPERPARAMETERS = {
     "schedule": "linear",
     "decay_steps": 2,
 }
+ENDLESS = 100_000  # steps of a trial that runs until a test ends it, on the slowest machine too
 
 
 class WorkerContract:
@@ -75,7 +76,7 @@ class WorkerContract:
     def test_a_stopped_trial_leaves_and_the_other_goes_on(
         self, ready_worker: Worker, directory: Path
     ) -> None:
-        ready_worker.start(assignment(directory, 0, steps=400))
+        ready_worker.start(assignment(directory, 0, steps=ENDLESS))
         ready_worker.start(assignment(directory, 1, steps=4))
         ready_worker.stop(RunId("round1", 0))
         seen = collect(ready_worker, until=lambda events: ended(events) == {0, 1})
@@ -158,7 +159,7 @@ class WorkerContract:
         self, worker: Worker, directory: Path
     ) -> None:
         wait_until_ready(worker)
-        worker.start(assignment(directory, 0, steps=400))
+        worker.start(assignment(directory, 0, steps=ENDLESS))
         collect(worker, until=lambda events: any(isinstance(e, Evaluated) for e in events))
         worker.close()
         last = worker.events(0.0)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tuner
-from tests.contracts.worker import assignment, collect, ended, losses, saved
+from tests.contracts.worker import ENDLESS, assignment, collect, ended, losses, saved
 from tests.engines.test_hosts import PROGRAM, ROOT, Apart, Wire
 from tests.studies import QUICKSTART, installed, round_file
 from tuner.config import RoundSpec, load_round
@@ -128,7 +128,7 @@ def test_the_second_worker_opens_with_the_first_trial_and_both_run(
     pool = opened(Machines(tmp_path, "a", "b"))
     events = collect(pool, until=ready)
     assert pool.capacity() == 1
-    pool.start(assignment(job.directory, 0, steps=5000))
+    pool.start(assignment(job.directory, 0, steps=ENDLESS))
     events += collect(pool, until=ready)
     assert [e.device.rpartition(" on ")[2] for e in events if isinstance(e, Ready)] == ["a", "b"]
     pool.start(assignment(job.directory, 1, steps=20))
@@ -144,7 +144,7 @@ def test_no_more_workers_than_the_command_says(job: Job, opened: Any, tmp_path: 
     machines = Machines(tmp_path, "a", "b", "c")
     pool = opened(machines, workers=2)
     collect(pool, until=ready)
-    pool.start(assignment(job.directory, 0, steps=5000))
+    pool.start(assignment(job.directory, 0, steps=ENDLESS))
     collect(pool, until=ready)
     pool.events(5.0)
     assert len(machines.wires) == 2
@@ -156,9 +156,9 @@ def test_a_lost_nodes_trial_is_said_once_and_a_new_node_gets_a_worker(
     machines = Machines(tmp_path, "a", "b")
     pool = opened(machines)
     collect(pool, until=ready)
-    pool.start(assignment(job.directory, 0, steps=5000))
+    pool.start(assignment(job.directory, 0, steps=ENDLESS))
     collect(pool, until=ready)
-    pool.start(assignment(job.directory, 1, steps=5000))
+    pool.start(assignment(job.directory, 1, steps=ENDLESS))
     events = collect(pool, until=lambda seen: len(losses(seen, 1)) > 3)
     machines.lose("b")
     machines.alive["c"] = Node("c", "c", 1, 1)
@@ -208,7 +208,7 @@ def test_a_node_with_another_workload_is_left_out(
     machines = Machines(tmp_path, "a", "b")
     pool = opened(machines, program=program)
     collect(pool, until=ready)
-    pool.start(assignment(job.directory, 0, steps=20_000))
+    pool.start(assignment(job.directory, 0, steps=ENDLESS))
     events = after(pool, lambda: any("another workload" in text for text in said))
     assert not ready(events)
     assert pool.capacity() == 0
@@ -226,7 +226,7 @@ def test_a_node_that_fails_three_times_is_left_out_and_costs_no_trial(
     machines.kinds["b"] = Broken
     pool = opened(machines)
     collect(pool, until=ready)
-    pool.start(assignment(job.directory, 0, steps=20_000))
+    pool.start(assignment(job.directory, 0, steps=ENDLESS))
     events = after(pool, lambda: any("left out" in text for text in said), seconds=60)
     assert not [e for e in events if isinstance(e, Died)]
     assert [name for name, _ in machines.wires].count("b") == 3
@@ -306,7 +306,7 @@ def test_tokenised_rows_go_to_the_parent_and_to_other_nodes(job: Job, opened: An
     (tables / "sources").mkdir()
     (tables / "sources" / "hub.json").write_text("[]")
     collect(pool, until=ready)
-    pool.start(assignment(job.directory, 0, steps=20_000))
+    pool.start(assignment(job.directory, 0, steps=ENDLESS))
     collect(pool, until=ready)
     assert job.cache is not None
     assert sorted(path.name for path in job.cache.iterdir()) == [table, "sources"]

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.contracts.worker import (
+    ENDLESS,
     WorkerContract,
     assignment,
     collect,
@@ -262,7 +263,7 @@ def test_the_log_of_a_command_arrives_while_it_runs(
     monkeypatch.setattr("tuner.engines.ray.remote.LOG_SECONDS", 0.05)
     monkeypatch.setattr("tuner.engines.ray.transfer.MOST_LOG_BYTES", 100)
     worker = machine.worker(follows_logs=True)
-    started(worker, machine, steps=100_000)
+    started(worker, machine, steps=ENDLESS)
     [there] = machine.scratch.rglob("trial-0000")
     here = machine.directory / "trial-0000" / "attempt-1" / "command.log"
     log = there / "attempt-1" / "command.log"
@@ -338,7 +339,7 @@ def test_a_silent_node_is_lost_and_its_worker_ends_by_its_lease(machine: Machine
 def test_an_old_node_that_comes_back_onto_a_shared_disk_replaces_nothing(machine: Machine) -> None:
     """Given up and cut off, its worker trains on and saves, beside the next attempt of the same trial."""
     old = machine.worker(is_shared=True, silence_seconds=1.0, document={"pause": 0.05})
-    started(old, machine, steps=400)
+    started(old, machine, steps=ENDLESS)
     machine.wires[0].is_silent = True
     assert died(old).trials == (0,)
     new = machine.worker(is_shared=True)

@@ -22,7 +22,7 @@ import pytest
 
 import tuner
 from tests.contracts.engine import EngineContract, started
-from tests.contracts.worker import assignment, collect, ended, losses, saved
+from tests.contracts.worker import ENDLESS, assignment, collect, ended, losses, saved
 from tests.engines.clusters import ROOT, BlindEngine, LocalCluster, local_cluster
 from tests.studies import QUICKSTART, round_file, write_round
 from tuner.engines import Engine, Job, Program, RayEngine, Worker
@@ -115,9 +115,9 @@ def test_a_worker_for_each_gpu_and_a_node_that_joins_and_is_lost(
         assert any("3 nodes" in message and "(1 GPU)" in message for message in said)
         (head,) = re.findall(r"(\S+) \(0 GPUs\)", said[0])
         assert f"nodes without a GPU get no worker while others have one: {head}" in said
-        worker.start(assignment(job.directory, 0, steps=4000))
+        worker.start(assignment(job.directory, 0, steps=ENDLESS))
         collect(worker, until=ready)
-        worker.start(assignment(job.directory, 1, steps=4000))
+        worker.start(assignment(job.directory, 1, steps=ENDLESS))
         node = cluster.add()
         collect(worker, until=ready)
         assert any("joined: 1 GPU" in message for message in said)
@@ -176,7 +176,7 @@ def test_a_stopped_raylet_or_node_costs_its_trial_an_attempt_and_its_worker_ends
     with started(engine, replace(job, workers="auto")) as worker:
         seen = collect(worker, until=ready)
         for trial in range(3):
-            worker.start(assignment(job.directory, trial, steps=100_000))
+            worker.start(assignment(job.directory, trial, steps=ENDLESS))
             if trial < 2:
                 seen += collect(worker, until=ready)
         seen += collect(worker, until=lambda events: all(losses(events, trial) for trial in range(3)))
@@ -326,7 +326,7 @@ def test_it_waits_for_a_gpu_as_long_as_the_file_says(job: Job) -> None:
     other = RayEngine()
     with started(other, replace(job, workers="auto")) as holder:
         collect(holder, until=ready)
-        holder.start(assignment(job.directory, 0, steps=10_000))
+        holder.start(assignment(job.directory, 0, steps=ENDLESS))
         collect(holder, until=ready)
         engine = RayEngine()
         worker = engine.start(with_run(job, resources_patience=0.05))
@@ -340,7 +340,7 @@ def test_it_waits_for_a_gpu_as_long_as_the_file_says(job: Job) -> None:
 DRIVER = """
 import sys, time
 from pathlib import Path
-from tests.contracts.worker import assignment, collect
+from tests.contracts.worker import ENDLESS, assignment, collect
 from tests.studies import round_file
 from tuner.engines import Job, Program, RayEngine
 from tuner.records import Evaluated, Ready
@@ -350,7 +350,7 @@ file = round_file(place, run=f"run: {{slots: 1, ray_address: '{address}'}}")
 program = Program(("-m", "tests.engines.cluster_program"), lambda: {"slots": 1, "pause": 0.05})
 worker = RayEngine().start(Job(file.spec.absolute(place), program, place / "runs", 1))
 collect(worker, until=lambda seen: any(isinstance(e, Ready) for e in seen))
-worker.start(assignment(place / "runs", 0, steps=10_000))
+worker.start(assignment(place / "runs", 0, steps=ENDLESS))
 collect(worker, until=lambda seen: any(isinstance(e, Evaluated) for e in seen))
 print("running", flush=True)
 time.sleep(100)

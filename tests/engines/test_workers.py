@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.contracts.worker import WorkerContract, assignment, collect, ended, wait_until_ready
+from tests.contracts.worker import ENDLESS, WorkerContract, assignment, collect, ended, wait_until_ready
 from tests.studies import QUICKSTART, formula, round_file
 from tuner.api.run import TRAINING
 from tuner.engines import LocalProcess, Program, ProgramWorker, SimulatedWorker
@@ -65,7 +65,7 @@ class TestProgramWorker(WorkerContract):
 
     def test_a_killed_process_is_said_and_replaced(self, worker: ProgramWorker, directory: Path) -> None:
         wait_until_ready(worker)
-        worker.start(assignment(directory, 0, steps=400))
+        worker.start(assignment(directory, 0, steps=ENDLESS))
         collect(worker, until=lambda events: any(isinstance(e, Saved) for e in events))
         popen(worker).send_signal(signal.SIGKILL)
         events = collect(worker, until=lambda seen: any(isinstance(e, Died) for e in seen))
@@ -80,7 +80,7 @@ class TestProgramWorker(WorkerContract):
 
     def test_the_process_ends_when_its_parent_is_gone(self, worker: ProgramWorker, directory: Path) -> None:
         wait_until_ready(worker)
-        worker.start(assignment(directory, 0, steps=400))
+        worker.start(assignment(directory, 0, steps=ENDLESS))
         process = popen(worker)
         assert process.stdin is not None
         process.stdin.close()
