@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from tuner.records import (
     Value,
     to_json,
 )
+from tuner.training.optimizer import TrialOptimizer
 from tuner.training.packed_passes import micro_step
 from tuner.training.trial_run import TrialRun
 from tuner.training.worker import train
@@ -42,6 +44,14 @@ Say = Callable[[Event], None]
 
 TRAIN = tiny.examples(40, seed=1)
 EVALUATION = tiny.examples(12, seed=2)
+
+
+class DecidesOnDevice(TrialOptimizer):
+    """As on a GPU."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.decides_on_device = True
 
 
 @contextmanager

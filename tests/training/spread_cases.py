@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tests import tiny
 from tests.data.tiny import byte_level
 from tests.second_device import DEVICE, move, second_device
 from tests.training.driving import (
+    DecidesOnDevice,
     Entry,
     assignment,
     curve,
@@ -29,7 +31,8 @@ from tuner.adapters.generation import Decoding, TextGenerator
 from tuner.adapters.placement import connect
 from tuner.data import Prompt
 from tuner.errors import ModelError
-from tuner.records import Assignment, Saved
+from tuner.records import Assignment, Event, Saved
+from tuner.training import trial_run
 
 PARTS = ("model.layers.1", "model.norm", "lm_head")
 CPU = torch.device("cpu")
@@ -91,6 +94,36 @@ def test_losses_and_weights(path: Path, parts: Sequence[str], optimizer: str) ->
             there = {part.device for part in pair}
             assert there == {DEVICE if name.startswith("model.layers.1.") else CPU}
             assert all(torch.equal(a.cpu(), b) for a, b in zip(pair, one.weights[name], strict=True))
+
+
+@pytest.mark.parametrize("kind", ["adamw", pytest.param("muon", marks=pytest.mark.acceptance)])
+def test_updates_that_the_first_device_decides(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """For the second, too: batches of several sizes, one of them wild, as one device whose host decides."""
+    trials = [
+        tiny.hyperparameters(
+            optimizer=kind, batch_size=size, training_seed=size, learning_rate=rate, max_grad_norm=0.05
+        )
+        for size, rate in ((4, 3e-3), (1, 1e-2), (2, 1e30))
+    ]
+
+    def events(base: Base, where: str) -> list[Event]:
+        assigned = [
+            assignment(tmp_path / where, n, hyperparameters=one, max_train_steps=end, evaluate_every=end)
+            for n, (one, end) in enumerate(zip(trials, (4, 5, 6), strict=True))
+        ]
+        with worker_state(base, trials, slots=3, micro_tokens=30) as state:
+            state.read_every_seconds, state.read_at = 3600.0, time.monotonic()
+            return run_loop(state, assigned)
+
+    host = events(on_one(path), "host")
+    monkeypatch.setattr(trial_run, "TrialOptimizer", DecidesOnDevice)
+    there = events(on_two(path), "there")
+    for number in range(3):
+        assert curve(there, number) == curve(host, number)
+        assert ended(there, number) == ended(host, number)
+    assert ended(there, 2).outcome == "infeasible"
 
 
 @pytest.mark.parametrize(

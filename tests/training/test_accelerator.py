@@ -17,7 +17,7 @@ CASES = [Path(__file__).with_name(name) for name in ("accelerator_cases.py", "sp
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("which", "num_cases"),
-    [("not acceptance", 35), pytest.param("acceptance", 5, marks=pytest.mark.acceptance)],
+    [("not acceptance", 38), pytest.param("acceptance", 7, marks=pytest.mark.acceptance)],
 )
 def test_on_devices_that_are_not_there(which: str, num_cases: int) -> None:
     done = subprocess.run(

@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 
 from tests import tiny
-from tests.training.driving import assignment, curve, ended, run_loop, worker_state
+from tests.training.driving import DecidesOnDevice, assignment, curve, ended, run_loop, worker_state
 from tuner.adapters import Adapter
 from tuner.records import Event
 from tuner.training import trial_run
-from tuner.training.optimizer import TrialOptimizer
 from tuner.training.packed_passes import _update_by_host, _update_on_device, read_updates
 from tuner.training.trial_run import TrialRun
 
@@ -116,14 +115,6 @@ def test_a_trial_is_over_at_its_third_bad_update_however_long_it_goes_on() -> No
     read_updates([run])
     assert run.step == 4
     assert run.reason_infeasible == "gradient zero or not finite in 3 updates in a row, the last at step 4"
-
-
-class DecidesOnDevice(TrialOptimizer):
-    """As on a GPU."""
-
-    def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
-        self.decides_on_device = True
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw_8bit", "muon"])

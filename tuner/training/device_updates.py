@@ -44,10 +44,9 @@ class Decided:
 
     tallies: Tensor
     """[trials, columns], after the update."""
-    coefficients: Tensor
-    """By which gradients are multiplied; 1 without clipping. Float32 [trials]"""
-    skipped: Tensor
-    """1 where weights and moments stay as they are, else 0. Float32 [trials]"""
+    orders: Tensor
+    """By what a trial's gradients are multiplied, 1 without clipping; and 1 where its weights and moments
+    stay as they are, else 0. Float32 [2, trials]"""
 
 
 def is_bad_update(norm: float, nll: float) -> bool:
@@ -105,6 +104,5 @@ def decided(norms: Tensor, nll: Tensor, sent: Tensor, tallies: Sequence[Tensor |
     is_resting = before[:, RESTS_AT] > 0
     return Decided(
         torch.where(is_resting[:, None], before, after),
-        coefficients.float(),
-        (is_finite.logical_not() | is_resting).float(),
+        torch.stack([coefficients, is_finite.logical_not() | is_resting]).float(),
     )

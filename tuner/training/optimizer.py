@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tuner.adapters.placement import on
 from tuner.errors import InputError, last_words
 from tuner.methods.optimizers import optimizer
 from tuner.methods.table import HYPERPARAMETERS
@@ -70,11 +71,8 @@ class TrialOptimizer:
         groups = self._groups(parts, gradients, is_elementwise=method.is_elementwise)
         self._optimizer = method.build(groups, hyperparameters)
         self._skips_on_device, self.counts_on_host = method.skips_on_device, method.counts_on_host
-        self.decides_on_device = (
-            method.skips_on_device and device.type != "cpu" and set(devices.values()) == {device}
-        )
-        """Whether `step_on_device` updates; else the host reads each norm. A CPU has nothing to wait for, and
-        of several devices none has what the others need."""
+        self.decides_on_device = method.skips_on_device and device.type != "cpu"
+        """Whether `step_on_device` updates; else the host reads each norm. A CPU has nothing to wait for."""
         self._built = [copy.deepcopy(own) for own in self._settings()]
 
     def _groups(
@@ -130,16 +128,16 @@ class TrialOptimizer:
         self._optimizer.step()
         return rate, clipped
 
-    def step_on_device(self, multiplier: float, *, coefficient: Tensor, skipped: Tensor) -> None:
-        """Update the weights without waiting for the device.
+    def step_on_device(self, multiplier: float, *, orders: Tensor, number: int) -> None:
+        """Update the weights as the device decided for the trial of this number, without waiting for it.
 
-        Gradients are multiplied by `coefficient`; with `skipped` at 1, weights and state stay as they are.
+        `orders` are `Decided.orders`; other devices get them in one copy, for all trials.
         """
         for flat in self._flat_gradients:
-            flat.mul_(coefficient)
+            flat.mul_(on(orders, flat.device)[0, number])
         for group in self._optimizer.param_groups:
             group["lr"] = self.rate(multiplier) * self._ratios.get(group["part"], 1.0)
-        self._optimizer.found_inf = skipped  # type: ignore[attr-defined]  # torch's own, for loss scaling
+        self._optimizer.found_inf = orders[1, number]  # type: ignore[attr-defined]  # torch's, for loss scaling
         self._optimizer.step()
         self._optimizer.found_inf = None  # type: ignore[attr-defined]
 
@@ -216,7 +214,7 @@ class TrialOptimizer:
 
     def does_not_skip(self) -> str | None:
         """Return what an optimizer with `skips_on_device` changes in an update that it is to skip."""
-        if not self._skips_on_device or self._order_of_norms is not None:  # then the host decides
+        if not self._skips_on_device:
             return None
 
         def kept() -> dict[str, Tensor]:
@@ -225,8 +223,8 @@ class TrialOptimizer:
             }
             return {name: value.clone() for name, value in (weights | self.state()).items()}
 
-        before, one = kept(), self._flat_gradients[0].new_ones(())
-        self.step_on_device(1.0, coefficient=one, skipped=one)
+        before = kept()
+        self.step_on_device(1.0, orders=torch.ones(2, 1, device=self._device), number=0)
         self.count_back(1)
         changed = [name for name, value in kept().items() if not _is_same(value, before.get(name))]
         return f"skips_on_device=True, and found_inf = 1 changes {', '.join(changed)}" if changed else None

@@ -249,9 +249,7 @@ class TrialRun:
 
     def take_update(self, decided: Decided, number: int) -> None:
         """Step the optimizer as the device decided for the trial of this number, without waiting for it."""
-        self.optimizer.step_on_device(
-            self._multiplier(), coefficient=decided.coefficients[number], skipped=decided.skipped[number]
-        )
+        self.optimizer.step_on_device(self._multiplier(), orders=decided.orders, number=number)
         self.unread_tally = decided.tallies[number]
         self.unread_losses.clear()
         self.step += 1

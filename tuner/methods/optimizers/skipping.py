@@ -24,5 +24,8 @@ def unchanged_if(found_inf: Tensor | None, tensors: Sequence[Tensor]) -> Iterato
     before = [tensor.clone() for tensor in tensors]
     yield
     is_skipped = found_inf > 0
+    on_each = {is_skipped.device: is_skipped}
     for tensor, old in zip(tensors, before, strict=True):
-        torch.where(is_skipped, old, tensor, out=tensor)
+        if (device := tensor.device) not in on_each:
+            on_each[device] = is_skipped.to(device, non_blocking=True)
+        torch.where(on_each[device], old, tensor, out=tensor)
