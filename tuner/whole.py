@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -103,3 +104,9 @@ def published(target: Path, write: Callable[[Path], None]) -> None:
         replaced_whole(target, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # nothing, once it has its name
+
+
+def forget_unpublished(target: Path) -> None:
+    """Delete what processes that were killed within `published` left; no other may be within it."""
+    for unfinished in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,25 @@ def test_an_import_that_fails_leaves_nothing(
             imported()
     assert list(directory.iterdir()) == []
     imported()
+
+
+def test_an_import_that_is_killed_can_be_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer_folder(tmp_path / "run", 0.001)
+    directory = tmp_path / "study"
+
+    def imported() -> None:
+        import_runs(directory, read_runs([tmp_path / "run"], LOSS), Said(), clock=lambda: 1e9)
+
+    with monkeypatch.context() as killing:
+        killing.setattr("tuner.whole.replaced_whole", lambda *_: os._exit(9))  # a checkpoint is copied
+        if not (pid := os.fork()):
+            imported()
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    (unfinished,) = (directory / "runs").rglob(".imported.*.tmp")
+    imported()
+    assert not unfinished.exists()
+    assert [path.name for path in unfinished.parent.iterdir()] == ["imported"]
+    assert (unfinished.parent / "imported" / "trial-0000" / "best" / "adapter_config.json").is_file()
 
 
 def test_eight_runs_of_trl_that_no_one_prepared(tmp_path: Path) -> None:

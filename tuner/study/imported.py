@@ -7,7 +7,7 @@ import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -53,7 +53,7 @@ from tuner.report.format import count
 from tuner.store import hold_study, open_store
 from tuner.study.disk import taken_back
 from tuner.study.plan import RoundPlan
-from tuner.whole import lead, written_whole
+from tuner.whole import forget_unpublished, lead, published, written_whole
 
 
 @dataclass(frozen=True)
@@ -108,39 +108,50 @@ def import_runs(
     plan = RoundPlan(file)
     if plan.checkpoints.exists():
         raise InputError(f"{plan.checkpoints}: exists; name another round with --round")
-    with taken_back(directory, plan.checkpoints), ExitStack() as undo:
+    with taken_back(directory, plan.checkpoints), _held(plan) as undo:
         undo.callback(shutil.rmtree, plan.checkpoints, ignore_errors=True)
         undo.callback(path.unlink, missing_ok=True)
         facts, notes = _written(plan, taken, horizon, clock)
         remarks += notes
-        _record(plan, facts)
+        with closing(open_store(plan.absolute.storage, study=plan.spec.study)) as store:
+            store.record(*facts)
         undo.pop_all()
     return Imported(path, tuple(run.name for run in taken), tuple(remarks), tuple(unknown_of(file)))
+
+
+@contextmanager
+def _held(plan: RoundPlan) -> Iterator[ExitStack]:
+    """Hold the study, without what an import that was killed has left; a failed block is undone."""
+    directory = plan.file.directory
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{directory}: the runs cannot be copied there: {error}") from error
+    with hold_study(directory, plan.absolute.storage, plan.spec.study), ExitStack() as undo:
+        forget_unpublished(plan.checkpoints)
+        yield undo
 
 
 def _written(
     plan: RoundPlan, runs: Sequence[FinishedRun], horizon: int, clock: Callable[[], float]
 ) -> tuple[list[Fact], list[str]]:
-    """Write the round file and copy the checkpoints; return the facts, and what is to be said of the runs."""
+    """Copy the checkpoints, and write the round file; return the facts, and what to say of the runs."""
     facts: list[Fact] = [_begun(plan, clock())]
     notes: list[str] = []
-    try:
-        plan.file.directory.mkdir(parents=True, exist_ok=True)
+
+    def copy(folder: Path) -> None:
         for number, run in enumerate(runs):
-            own, said = _trial(plan, run, number, horizon, clock())
-            facts += own
-            notes += said
+            own, said = _trial(plan, folder, run, number, horizon, clock())
+            facts.extend(own)
+            notes.extend(said)
+
+    try:
+        published(plan.checkpoints, copy)
         with written_whole(plan.file.path) as place:
             place.write_text(plan.file.text, encoding="utf-8")
     except (OSError, CheckpointError) as error:
         raise InputError(f"{plan.file.directory}: the runs cannot be copied there: {error}") from error
     return facts, notes
-
-
-def _record(plan: RoundPlan, facts: Sequence[Fact]) -> None:
-    storage, study = plan.absolute.storage, plan.spec.study
-    with hold_study(plan.file.directory, storage, study), closing(open_store(storage, study=study)) as store:
-        store.record(*facts)
 
 
 def _steps(run: FinishedRun) -> int:
@@ -370,9 +381,10 @@ def _begun(plan: RoundPlan, at: float) -> RoundBegun:
 
 
 def _trial(
-    plan: RoundPlan, run: FinishedRun, number: int, horizon: int, at: float
+    plan: RoundPlan, folder: Path, run: FinishedRun, number: int, horizon: int, at: float
 ) -> tuple[list[Fact], list[str]]:
-    """Return the facts of a run as a trial, and what is to be said of it. Copies its checkpoints.
+    """Return the facts of a run as a trial, and what is to be said of it. Copies its checkpoints into the
+    round's folder.
 
     tuner has run none of its steps: its attempt, which checkpoints need, is empty.
     """
@@ -384,7 +396,7 @@ def _trial(
         AttemptStarted(*name, 1, run.last_step, at),
         *(Evaluated(*name, 1, evaluation) for evaluation in run.evaluations),
     ]
-    kept, notes = _kept(plan, run, number, values)
+    kept, notes = _kept(plan, folder, run, number, values)
     facts += [Saved(*name, 1, checkpoint) for checkpoint in kept]
     facts.append(Ended(*name, 1, run.last_step, "stopped", None, at))
     facts.append(TrialEnded(*name, state, reason, at))
@@ -410,15 +422,15 @@ def _ended(run: FinishedRun, horizon: int) -> tuple[TrialState, str | None]:
 
 
 def _kept(
-    plan: RoundPlan, run: FinishedRun, number: int, values: Mapping[str, Value]
+    plan: RoundPlan, folder: Path, run: FinishedRun, number: int, values: Mapping[str, Value]
 ) -> tuple[list[Checkpoint], list[str]]:
     """Copy the best checkpoint and, if the schedule is known, the stable one."""
-    keeper = Keeper(plan.checkpoints / f"trial-{number:04d}", 1)
+    keeper = Keeper(folder / f"trial-{number:04d}", 1)
     best, kept, notes = best_evaluation(run.evaluations), [], []
     best_folder: tuple[int, Path] | None = None
     if best is not None and best.step in run.checkpoints:
         checkpoint = keeper.keep_best(run.checkpoints[best.step], best.step)
-        best_folder = best.step, plan.checkpoints / checkpoint.path
+        best_folder = best.step, folder / checkpoint.path
         lead(keeper.trial / "best", best_folder[1])
         kept.append(checkpoint)
     elif best is not None:
