@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.contracts.worker import assignment
 from tuner.engines import (
     LocalProcess,
     Program,
@@ -217,6 +218,54 @@ def test_the_death_of_a_process_is_said_once(process: Dying) -> None:
     assert worker._reader is not None
     worker._reader.join(10.0)
     assert [type(event) for event in worker.events(0.0)] == [Died]
+
+
+class Unending(Dying):
+    """A process that waits for a GPU which has fallen off the bus: SIGKILL does not end it."""
+
+    def __init__(self, *, allowed_seconds: float) -> None:
+        super().__init__(
+            '{"event": "ready", "slots": 1, "device": "cuda"}',
+            f'{{"event": "beat", "doing": "a pass", "allowed_seconds": {allowed_seconds}}}',
+        )
+        self._ends = threading.Event()
+
+    def lines(self) -> Iterator[str]:
+        yield from super().lines()
+        self._ends.wait()
+
+    def wait(self, timeout_seconds: float | None = None) -> int:
+        if not self._ends.wait(timeout_seconds):
+            raise TimeoutError
+        return -9
+
+    def last_words(self) -> str:
+        return "its log ends with Xid 79"
+
+
+def test_one_that_sigkill_does_not_end_is_left_and_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tuner.engines.program._ENDS_WITHIN_SECONDS", 0.2)
+    made = [Unending(allowed_seconds=0.05), Unending(allowed_seconds=3600.0)]
+    waiting = iter(made)
+    worker = ProgramWorker(Program((), dict), lambda: next(waiting), close_seconds=0.1)
+    worker.start(assignment(tmp_path, 0))
+    event = died(worker)
+    assert event.trials == (0,)
+    assert "(a pass) and was killed" in event.reason
+    assert "a GPU or a disk that hangs (state D in `ps`)" in event.reason
+    assert "Xid 79" in event.reason
+    worker.start(assignment(tmp_path, 1))
+    assert worker.process is made[1]
+    made[0]._ends.set()  # at last: it is not the other one's death
+    until = time.monotonic() + 0.1
+    while time.monotonic() < until:
+        assert not any(isinstance(event, Died) for event in worker.events(0.01))
+    worker.close()
+    assert "Xid 79" in caplog.text
+    assert worker.process is None
+    made[1]._ends.set()
 
 
 def test_closing_does_not_wait_for_one_that_hangs(tmp_path: Path) -> None:

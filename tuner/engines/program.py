@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import queue
 import re
 import threading
@@ -32,6 +33,8 @@ from tuner.records import (
     event_from_json,
     to_json,
 )
+
+_log = logging.getLogger(__name__)
 
 
 class Process(Protocol):
@@ -64,6 +67,9 @@ _AWAY_SECONDS = 30.0
 """After so long without a call, this process itself has been stopped, or its machine suspended."""
 
 _RESTS_WITHIN_SECONDS = 60.0
+
+_ENDS_WITHIN_SECONDS = 30.0
+"""After SIGKILL. A process that waits for a device or a disk does not end, and is left to the system."""
 
 _RUNNING: set[Process] = set()
 
@@ -157,8 +163,11 @@ class ProgramWorker:
         self._remaining: list[Event] = []
         """What it said before it came to rest."""
         self._held: set[RunId] = set()
-        self._killed_since: str | None = None
-        """Why the current process was killed."""
+        self._why_killed: str | None = None
+        """Why the current process was killed, if it hung."""
+        self._killed_at: float | None = None
+        self._left: dict[Process, str] = {}
+        """Processes that were killed and did not end, with what to say: nobody waits for them, or listens."""
         self.process: Process | None = None
         """The current process."""
         self._begin()
@@ -202,10 +211,12 @@ class ProgramWorker:
             return
         self._order({"order": "close"})
         until = time.monotonic() + self._close_seconds
-        while not _has_ended(self.process, 0.5):
+        while self.process not in self._left and not _has_ended(self.process, 0.5):
             self._end_if_silent()
-            if time.monotonic() > until:
-                self.process.kill()
+            if self._killed_at is None and time.monotonic() > until:
+                self.kill()
+        if (reason := self._left.get(self.process)) is not None:
+            _log.warning("%s", reason)
         self._forget()
 
     def rest(self) -> bool:
@@ -244,13 +255,27 @@ class ProgramWorker:
     def kill(self) -> None:
         """As `HasProcesses` says."""
         if self.process is not None:
+            self._killed_at = time.monotonic()
             self.process.kill()
 
     def _end_if_silent(self) -> None:
-        """Kill a process that hangs: it saves nothing more, and its trials resume in another one."""
-        if self.process is not None and (why := self._silence.too_long()) is not None:
-            self._killed_since = why
-            self.process.kill()
+        """Kill a process that hangs: it saves nothing more, and its trials resume in another one.
+
+        One that does not end then is left, as if it were dead.
+        """
+        if self.process is None or self.process in self._left:
+            return
+        if self._killed_at is None:
+            if (why := self._silence.too_long()) is not None:
+                self._why_killed = why
+                self.kill()
+        elif (waited := time.monotonic() - self._killed_at) > _ENDS_WITHIN_SECONDS:
+            self._left[self.process] = reason = (
+                f"{self._why_killed or 'the worker was killed'}. It has not ended {waited:.0f} s later: "
+                "it waits for a GPU or a disk that hangs (state D in `ps`), which may need a restart of the "
+                f"machine; {self.process.last_words()}"
+            )
+            self._said.put(Died(reason))
 
     def _noted(self, event: Event) -> Event:
         """Update the slots from an event; add the lost trials to a death."""
@@ -268,7 +293,7 @@ class ProgramWorker:
     def _begin(self) -> None:
         self.process = self._launch()
         self._silence.begin()
-        self._killed_since = None
+        self._why_killed = self._killed_at = None
         _RUNNING.add(self.process)
         self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
         self._reader.start()
@@ -283,17 +308,17 @@ class ProgramWorker:
         said_died = False
         try:
             for event in _events_of(process):
-                if not said_died:
+                if not said_died and process not in self._left:
                     self._silence.heard(event)
                     self._said.put(event)
                 said_died = said_died or isinstance(event, Died)
             code = process.wait()
-            if code != 0 and not said_died:
-                why = self._killed_since or f"the worker ended with {exit_words(code)}"
+            if code != 0 and not said_died and process not in self._left:
+                why = self._why_killed or f"the worker ended with {exit_words(code)}"
                 self._said.put(Died(f"{why}; {process.last_words()}"))
         except Exception as error:  # noqa: BLE001  nobody else would ever say that the worker has ended
             process.kill()
-            if not said_died:
+            if not said_died and process not in self._left:
                 self._said.put(Died(f"reading the worker's events failed: {last_words(error)}"))
 
     def _forget(self) -> None:
@@ -301,6 +326,8 @@ class ProgramWorker:
         process, self.process = self.process, None
         if process is not None:
             _RUNNING.discard(process)
+            if process in self._left:
+                return
             process.wait()
             if self._reader is not None:
                 self._reader.join()
