@@ -352,6 +352,14 @@ def test_a_worker_that_lives_is_no_orphan_whatever_the_clock_does(monkeypatch) -
     assert process_tree.is_orphaned(f"{ended.pid}-{started}-{name}")
 
 
+def test_processes_that_sigkill_does_not_end_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as those of a GPU that has fallen off the bus: the round would wait for them without a word."""
+    monkeypatch.setattr(process_tree, "_ENDS_WITHIN_SECONDS", 0.2)
+    monkeypatch.setattr(process_tree, "_is_alive", lambda *_: True)
+    with pytest.raises(WorkerError, match=r"have not ended .* state D in `ps`"):
+        process_tree.end(process_tree.new_token(), grace_seconds=0.0)
+
+
 def test_where_the_system_does_not_tell_when_processes_started_a_living_worker_is_no_orphan(
     monkeypatch,
 ) -> None:

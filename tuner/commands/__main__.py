@@ -13,7 +13,7 @@ from tuner.commands import process_tree
 from tuner.commands.attempt import Attempt, Round, Unusable, tokens_of
 from tuner.commands.check import refuse_unusable, workload
 from tuner.config import RoundSpec
-from tuner.errors import InputError, TunerError
+from tuner.errors import InputError, TunerError, WorkerError
 from tuner.installation import version
 from tuner.pipes import CommandReader, event_writer
 from tuner.process_log import about, begin_worker
@@ -27,9 +27,11 @@ def main() -> int:
 
     def end_with_parent() -> None:
         # The parent is gone, so nobody would read what the command reports.
-        for token in running:
-            process_tree.end(token, grace_seconds=0.0)
-        os._exit(1)
+        try:
+            for token in running:
+                process_tree.end(token, grace_seconds=0.0)
+        finally:
+            os._exit(1)
 
     commands = CommandReader(sys.stdin, on_parent_gone=end_with_parent)
     document = commands.read_document()
@@ -38,8 +40,8 @@ def main() -> int:
     with lock_file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         commands.listen()
-        process_tree.end_orphans(tokens_of(lock_file.parent))
         try:
+            process_tree.end_orphans(tokens_of(lock_file.parent))
             work = _round(document)
         except TunerError as error:
             say(Died(str(error), is_input_error=isinstance(error, InputError)))
@@ -48,8 +50,8 @@ def main() -> int:
         say(Ready(1, "command", base=work.base, workload=fingerprint))
         try:
             _serve(work, commands, say, running)
-        except Unusable as error:
-            say(Died(f"{error}", is_input_error=True))
+        except (Unusable, WorkerError) as error:
+            say(Died(f"{error}", is_input_error=isinstance(error, Unusable)))
             return 1
     return 0
 

@@ -15,12 +15,15 @@ from pathlib import Path
 
 import psutil
 
+from tuner.errors import WorkerError
 from tuner.process_start import start_ticks
 
 TOKEN = "TUNER_TOKEN"
 """Variable that every process of an attempt inherits, whatever session it starts."""
 GRACE_SECONDS = 15.0
 """Between SIGTERM and SIGKILL."""
+_ENDS_WITHIN_SECONDS = 30.0
+"""After SIGKILL. A process that waits for a device or a disk does not end."""
 _POLL_SECONDS = 0.05
 
 
@@ -74,7 +77,8 @@ def end(
 ) -> None:
     """End an attempt's tree: SIGTERM, and SIGKILL for what is left after a while.
 
-    torchrun's workers have sessions of their own, so that a signal to the group does not reach them.
+    torchrun's workers have sessions of their own, so that a signal to the group does not reach them. Raises
+    WorkerError for processes that SIGKILL does not end.
     """
     if popen is not None and popen.poll() is None:
         with contextlib.suppress(ProcessLookupError):
@@ -84,7 +88,15 @@ def end(
     deadline = time.monotonic() + grace_seconds
     while _is_alive(token, popen) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
+    deadline = time.monotonic() + _ENDS_WITHIN_SECONDS
     while _is_alive(token, popen):  # again, for one that was just being forked
+        if time.monotonic() > deadline:
+            left = ", ".join(str(process.pid) for process in with_token(token))
+            raise WorkerError(
+                f"the command's processes ({left}) have not ended {_ENDS_WITHIN_SECONDS:.0f} seconds after "
+                "SIGKILL: they wait for a GPU or a disk that hangs (state D in `ps`), which may need a restart "
+                "of the machine"
+            )
         _signal(token, signal.SIGKILL)
         if popen is not None and popen.poll() is None:
             popen.kill()
