@@ -22,6 +22,7 @@ from tuner.commands.attempt import Round, Unusable, tokens_of
 from tuner.commands.check import mistakes
 from tuner.commands.outcome import Ending, judged
 from tuner.engines.ray.host import WORKER_TOKEN
+from tuner.errors import WorkerError
 from tuner.records import CheckpointKind, Evaluated, Event, Started
 
 
