@@ -94,8 +94,8 @@ def end(
             left = ", ".join(str(process.pid) for process in with_token(token))
             raise WorkerError(
                 f"the command's processes ({left}) have not ended {_ENDS_WITHIN_SECONDS:.0f} seconds after "
-                "SIGKILL: they wait for a GPU or a disk that hangs (state D in `ps`), which may need a restart "
-                "of the machine"
+                "SIGKILL: they wait for a GPU or a disk that hangs (state D in `ps`), which may need a "
+                "restart of the machine"
             )
         _signal(token, signal.SIGKILL)
         if popen is not None and popen.poll() is None:
