@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuner.playbook import best_evaluation, read_round, settled_step
+from tuner.playbook import Diagnosis, best_evaluation, read_round, settled_step
 from tuner.playbook.curves import late_drop
 from tuner.playbook.gain import Gain, GainSource
 from tuner.playbook.noise import loss_error, paired_standard_error
@@ -199,6 +199,30 @@ def test_the_last_quarter_of_such_a_metric_is_relative_to_the_gained_too() -> No
     quarter = late_drop(steep, 2 * EVERY, scale_of([trial(0, 0.4, 0.5, 0.6, 0.7)]))
     assert quarter is not None
     assert quarter.relative == pytest.approx(0.1 / 0.3)
+
+
+SETTLED = (0.40, 0.45, 0.5, 0.55, 0.60, 0.65, 0.70, 0.72, 0.74, 0.7401, 0.7402, 0.7401, 0.7402)
+"""It gains to the middle of the run, and stays in its last quarter."""
+WAVERING = (0.40, 0.45, 0.5, 0.55, 0.60, 0.65, 0.68, 0.70, 0.72, 0.70, 0.73, 0.72, 0.74)
+
+
+@pytest.mark.parametrize(
+    ("values", "diagnosis", "said"),
+    [
+        (SETTLED, Diagnosis.RIGHT, "The last quarter of the steps raised m by"),
+        (WAVERING, Diagnosis.UNDETERMINED, "best trial's m neither clearly rises at the end nor"),
+    ],
+    ids=["right", "undetermined"],
+)
+def test_what_is_said_of_such_a_metric_is_not_said_of_the_loss(
+    values: tuple[float, ...], diagnosis: Diagnosis, said: str
+) -> None:
+    branch = BranchResult(0, T // 2, curve(*values[:6], 0.6))
+    results = RoundResults("r", T, EVERY, SPACE, (trial(0, *values),), branches=(branch,), objective=UP)
+    reading = read_round(results)
+    assert reading.diagnosis == diagnosis
+    assert any(said in sentence for sentence in reading.evidence), reading.evidence
+    assert not any("loss" in sentence for sentence in reading.evidence), reading.evidence
 
 
 def test_losses_of_single_examples_say_nothing_of_how_certain_another_metric_is() -> None:

@@ -11,8 +11,10 @@ from tuner.records import (
     Branch,
     Choices,
     Continuation,
+    Direction,
     FinalScore,
     Fixed,
+    Objective,
     Range,
     TimesSqrtRank,
     Trial,
@@ -117,6 +119,21 @@ def test_whether_the_order_of_an_earlier_round_held(losses: list[float], said: s
     same = synthetic.report(round="round2", trials_of_round=after)
     assert advice.held([first, same]) == (), "the same horizon again is no test of the first"
     assert advice.lineage_rows([first, same])[1][6] == f"{len(losses)} of round1"
+
+
+def test_the_order_by_a_metric_is_not_one_of_losses() -> None:
+    accuracy = Objective("token_accuracy", Direction.MAXIMIZE, is_relative_to_gained=True)
+
+    def run(number: int, round: str) -> Trial:
+        evaluation = dataclasses.replace(synthetic.evaluation(50, 2.0), objective=accuracy)
+        measured = dataclasses.replace(evaluation, metrics={"token_accuracy": 0.5 + 0.1 * number})
+        return synthetic.trial(number, 1e-4 * (number + 1), round=round, evaluations=[measured])
+
+    before, after = ([run(number, round) for number in range(3)] for round in ("round1", "round2"))
+    first = synthetic.report(trials_of_round=before)
+    second = synthetic.report(round="round2", max_train_steps=180, trials_of_round=after)
+    (sentence,) = advice.held([first, second])
+    assert "rank correlation of their values of token_accuracy in both is 1.00" in sentence
 
 
 def test_no_trial_beats_the_untouched_model() -> None:

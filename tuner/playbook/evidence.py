@@ -144,16 +144,19 @@ def _change(relative: float, seen: Signs) -> str:
     """`cut the loss by 24%`, or of a maximised metric `raised token_accuracy by 24% of what was gained`."""
     lower = (relative >= 0) == (seen.objective.direction == Direction.MINIMIZE)
     what = "the loss" if seen.objective == LOSS else seen.objective.metric
-    of = "" if seen.scale is None or seen.scale.gained is None else _OF_THE_GAINED
-    return f"{'cut' if lower else 'raised'} {what} by {percent(abs(relative))}{of}"
+    return f"{'cut' if lower else 'raised'} {what} by {percent(abs(relative))}{_relative_to(seen)}"
 
 
 def _change_to_come(relative: float, seen: Signs) -> str:
     if seen.objective == LOSS:
         return f"cut the loss by about {percent(relative)}"
     verb = "cut" if seen.objective.direction == Direction.MINIMIZE else "raise"
-    of = "" if seen.scale is None or seen.scale.gained is None else _OF_THE_GAINED
-    return f"{verb} {seen.objective.metric} by about {percent(relative)}{of}"
+    return f"{verb} {seen.objective.metric} by about {percent(relative)}{_relative_to(seen)}"
+
+
+def _relative_to(seen: Signs) -> str:
+    """Say what a share is of, unless it is of the value itself."""
+    return "" if seen.scale is None or seen.scale.gained is None else _OF_THE_GAINED
 
 
 def _conclusion(seen: Signs, diagnosis: Diagnosis) -> str:
@@ -185,8 +188,8 @@ def _conclusion(seen: Signs, diagnosis: Diagnosis) -> str:
         case Diagnosis.RIGHT:
             assert seen.late is not None
             return (
-                f"The last quarter of the steps cut the loss by {percent(max(0.0, seen.late.relative))}, at "
-                f"most {percent(LATE_SHARE_OF_GAIN)} of that gain: the doubling paid off, its end did not. "
+                f"The last quarter of the steps {_change(max(0.0, seen.late.relative), seen)}, at most "
+                f"{percent(LATE_SHARE_OF_GAIN)} of that gain: the doubling paid off, its end did not. "
                 f"{seen.max_train_steps} steps are about right."
             )
 
@@ -219,8 +222,8 @@ def _still_falling(seen: Signs) -> str:
     if seen.late is None or not seen.late.is_significant:
         return _late_trials(seen)
     fell = "fell" if seen.objective.direction == Direction.MINIMIZE else "rose"
-    what = "loss" if seen.objective == LOSS else seen.objective.metric
-    return f"The best trial's {what} still {fell} by {percent(seen.late.relative)} in the last quarter"
+    by = f"{percent(seen.late.relative)}{_relative_to(seen)}"
+    return f"The best trial's {seen.objective.noun} still {fell} by {by} in the last quarter"
 
 
 def _late_trials(seen: Signs) -> str:
@@ -230,6 +233,7 @@ def _late_trials(seen: Signs) -> str:
 
 
 def _what_would_settle(seen: Signs) -> str:
+    is_cost = seen.objective.direction == Direction.MINIMIZE
     if seen.gain is None:
         return (
             "The gain from doubling the steps is unknown. A comparison run (run.decay_branches: auto) "
@@ -244,16 +248,17 @@ def _what_would_settle(seen: Signs) -> str:
         return _what_would_uncover(seen)
     if seen.is_done_early and seen.late is not None and seen.late_by_rate is not None:
         return (
-            f"The last quarter of the steps cut the loss by {percent(max(0.0, seen.late.relative))}, but at "
-            "a small learning rate: over the last quarter of its summed learning rate, the best trial's loss "
-            f"fell by {percent(seen.late_by_rate.relative)}. A longer run would show whether it has "
-            "converged."
+            f"The last quarter of the steps {_change(max(0.0, seen.late.relative), seen)}, but at a small "
+            f"learning rate: over the last quarter of its summed learning rate, the best trial's {seen.objective.noun} "
+            f"{'fell' if is_cost else 'rose'} by {percent(seen.late_by_rate.relative)}. A longer run would "
+            "show whether it has converged."
         )
     missing = trials_to_settle(seen)
+    falls, falling = ("falls", "falling") if is_cost else ("rises", "rising")
     return (
-        "The gain is worthwhile, but the best trial's loss neither clearly falls at the end nor has clearly "
-        f"stopped falling. {_late_trials(seen)}; about {counted(missing, 'more leading trial')} with a best "
-        "step there would settle it."
+        f"The gain is worthwhile, but the best trial's {seen.objective.noun} neither clearly {falls} at the end nor "
+        f"has clearly stopped {falling}. {_late_trials(seen)}; about {counted(missing, 'more leading trial')} "
+        "with a best step there would settle it."
     )
 
 

@@ -10,7 +10,7 @@ from tuner.playbook.reopening import MIN_RANKED, CarriedOver, carried_over
 from tuner.playbook.selection import trial_score
 from tuner.records import Evaluation, Trial
 from tuner.report import format
-from tuner.report.round_report import RoundReport
+from tuner.report.round_report import RoundReport, metric_of
 
 GAIN_SOURCES = {
     GainSource.COMPARISON: "measured by a comparison run",
@@ -200,12 +200,14 @@ def _held(report: RoundReport, over: CarriedOver) -> str:
     name, trials = report.record.name, format.count(len(over.compared), "trial")
     if len(over.compared) < MIN_RANKED:
         return f"{trials} of {over.from_round} ran in {name} too: too few to say whether the order held."
+    metric = metric_of(report.trials)
+    values = "losses" if metric is None else f"values of {metric}"
     if over.rank_correlation is None:
-        return f"{trials} of {over.from_round} ran in {name} too, all with equal losses."
+        return f"{trials} of {over.from_round} ran in {name} too, all with equal {values}."
     place, best = over.place_of_the_best, over.compared[0][0]
     stands = "still their best" if place == 1 else f"number {place} of the {len(over.compared)}"
     return (
-        f"{trials} of {over.from_round} ran in {name} too. The rank correlation of their losses in both "
+        f"{trials} of {over.from_round} ran in {name} too. The rank correlation of their {values} in both "
         f"is {over.rank_correlation:.2f} (1: the same order, -1: reversed). The best in {over.from_round}, "
         f"trial {best}, is {stands} in {name}."
     )
