@@ -91,6 +91,23 @@ class Fails(Replayed):
         return Failing(LoraFormula("mine"), slots=2, ready=Ready(2, "replayed", workload="replay"))
 
 
+class Leaky(Replayed):
+    def start(self, job):
+        self.rented = job.directory
+        return super().start(job)
+
+    def gpu_readings(self):
+        raise OSError("no driver")
+
+    def close(self):
+        raise RuntimeError(f"{self.rented.name} is still rented")
+
+
+class Timeless(Replayed):
+    def now(self):
+        raise RuntimeError("no clock")
+
+
 class Halved(Replayed):
     def start(self, job):
         return []
@@ -302,6 +319,30 @@ def test_a_worker_of_an_engine_that_raises_in_the_middle_leaves_a_round_that_res
         study.run("round1.yaml", engine="engine_plug_ins:Fails", progress=False)
     study.run("round1.yaml", engine="engine_plug_ins:Replayed", progress=False)
     assert [trial.state for trial in study.round("round1").trials] == ["complete"] * 2
+
+
+def test_an_engine_that_cannot_close_is_told_and_its_round_is_complete(package: Path, tmp_path: Path) -> None:
+    write_round(tmp_path / "study", trials=1)
+    shown = command(
+        "study", "run", "round1.yaml", "--engine", "engine_plug_ins:Leaky", directory=tmp_path / "study"
+    )
+    assert shown.returncode == 0, shown.stderr
+    said = "warning: Leaky raised in close: RuntimeError: round1 is still rented"
+    assert said in " ".join(shown.stderr.split())
+
+
+def test_an_engine_that_never_started_is_not_closed(package: Path, tmp_path: Path) -> None:
+    """What is wrong with the round is told, not what its engine makes of it."""
+    write_round(tmp_path / "study", sampler='"no_such_module:Sampler"')
+    with pytest.raises(InputError, match="no module no_such_module"):
+        tuner.Study(tmp_path / "study").run("round1.yaml", engine="engine_plug_ins:Leaky", progress=False)
+
+
+def test_other_methods_of_an_engine_that_raise(package: Path) -> None:
+    engine = make_engine("engine_plug_ins:Leaky")
+    assert [*engine.gpu_readings(), *engine.gpu_readings()] == []
+    with pytest.raises(WorkerError, match="Timeless raised in now: RuntimeError: no clock"):
+        make_engine("engine_plug_ins:Timeless").now()
 
 
 def test_what_is_no_worker_is_said_before_anything_is_recorded(package: Path, tmp_path: Path) -> None:

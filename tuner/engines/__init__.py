@@ -6,8 +6,9 @@ A worker takes Assignments and reports Events. It knows trials and directories, 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 from tuner.engines.devices import driver_version, gpu_meter, open_nvml, visible_devices, worker_environments
 from tuner.engines.local import LocalEngine, LocalProcess, wait_for_former_workers
@@ -19,6 +20,7 @@ from tuner.engines.synthetic import LoraFormula, RecordedCurves
 from tuner.errors import InputError, TunerError, WorkerError, last_words, one_of
 from tuner.methods.registry import load
 from tuner.records import Assignment, Event, RunId
+from tuner.report.format import GpuReading
 
 __all__ = [
     "Engine",
@@ -47,7 +49,12 @@ __all__ = [
     "worker_environments",
 ]
 
-_BUILT_IN = {"local": LocalEngine, "ray": RayEngine, "simulated": SimulatedEngine}
+_log = logging.getLogger(__name__)
+_BUILT_IN: dict[str, Callable[[], Engine]] = {
+    "local": LocalEngine,
+    "ray": RayEngine,
+    "simulated": SimulatedEngine,
+}
 
 
 def make_engine(name: str) -> Engine:
@@ -55,32 +62,67 @@ def make_engine(name: str) -> Engine:
 
     Raises InputError if it cannot be imported or is not an engine.
     """
-    made: object = _BUILT_IN[name]() if name in _BUILT_IN else _made(name, load("engine", name))
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]()
+    made = _made(name, load("engine", name))
     missing = [method for method in _METHODS if not callable(getattr(made, method, None))]
     if missing:
         raise InputError(f"engine {name}: {type(made).__name__} has no method {one_of(missing)}")
-    return made  # type: ignore[return-value]
+    return _ForeignEngine(made)  # type: ignore[arg-type]
 
 
 def start_workers(engine: Engine, job: Job) -> Worker:
-    """Return the job's workers. Raises what `Engine.start` may, and WorkerError for any other error of it.
+    """Return the job's workers. Raises what `Engine.start` may, and WorkerError for any other error of it."""
+    name = engine.name if isinstance(engine, _ForeignEngine) else type(engine).__name__
+    with _named(f"{name} could not start the workers"):
+        return engine.start(job)
 
-    So do methods of workers that an engine of the user's returns.
+
+class _ForeignEngine:
+    """An engine that tuner does not have, whose errors name it, as do those of its workers.
+
+    It is closed only if it was asked to start. What goes wrong then is a message: it must not hide how the
+    round ended.
     """
-    name = type(engine).__name__
-    try:
-        worker: object = engine.start(job)
-    except (TunerError, OSError):
-        raise
-    except Exception as error:  # a plug-in may raise anything
-        said = last_words(error, __file__)
-        raise WorkerError(f"{name} could not start the workers: {said}") from error
-    if type(engine) in _BUILT_IN.values():
-        return worker  # type: ignore[return-value]
-    missing = [method for method in _WORKER_METHODS if not callable(getattr(worker, method, None))]
-    if missing:
-        raise WorkerError(f"{name}.start returned a {type(worker).__name__} without {one_of(missing)}")
-    return _ForeignWorker(worker, name)  # type: ignore[arg-type]
+
+    def __init__(self, inner: Engine) -> None:
+        self._inner, self.name = inner, type(inner).__name__
+        self._say: Callable[[str], None] | None = None
+        """Set by `start`."""
+        self._is_blind = False
+
+    def start(self, job: Job) -> Worker:
+        """As `Engine` says."""
+        self._say = job.say
+        worker: object = self._inner.start(job)
+        missing = [method for method in _WORKER_METHODS if not callable(getattr(worker, method, None))]
+        if missing:
+            returned = type(worker).__name__
+            raise WorkerError(f"{self.name}.start returned a {returned} without {one_of(missing)}")
+        return _ForeignWorker(worker, self.name)  # type: ignore[arg-type]
+
+    def gpu_readings(self) -> Sequence[GpuReading]:
+        """As `Engine` says; after an error, which the thread that draws has nobody to tell, none."""
+        try:
+            return () if self._is_blind else tuple(self._inner.gpu_readings())
+        except Exception as error:  # noqa: BLE001  a plug-in may raise anything
+            self._is_blind = True
+            _log.warning("%s raised in gpu_readings: %s", self.name, last_words(error, __file__))
+            return ()
+
+    def now(self) -> float:
+        """As `Engine` says."""
+        with _named(f"{self.name} raised in now"):
+            return self._inner.now()
+
+    def close(self) -> None:
+        """As `Engine` says."""
+        if self._say is None:
+            return
+        try:
+            self._inner.close()
+        except Exception as error:  # noqa: BLE001  a plug-in may raise anything
+            self._say(f"warning: {self.name} raised in close: {last_words(error, __file__)}")
 
 
 class _ForeignWorker:
@@ -119,15 +161,19 @@ class _ForeignWorker:
         with self._named("kill"):
             end_at_once(self._inner)
 
-    @contextmanager
-    def _named(self, method: str) -> Iterator[None]:
-        try:
-            yield
-        except (TunerError, OSError):
-            raise
-        except Exception as error:  # a plug-in may raise anything
-            said = last_words(error, __file__, contextlib.__file__)
-            raise WorkerError(f"a worker of {self._engine} raised in {method}: {said}") from error
+    def _named(self, method: str) -> AbstractContextManager[None]:
+        return _named(f"a worker of {self._engine} raised in {method}")
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Begin the message of an error of a plug-in with what went wrong."""
+    try:
+        yield
+    except (TunerError, OSError):
+        raise
+    except Exception as error:  # a plug-in may raise anything
+        raise WorkerError(f"{what}: {last_words(error, __file__, contextlib.__file__)}") from error
 
 
 _METHODS = ("start", "gpu_readings", "now", "close")

@@ -118,5 +118,8 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Release what `start` acquired besides the workers, which are closed first. May be repeated."""
+        """Release what `start` acquired besides the workers, which are closed first. May be repeated.
+
+        Of an engine of yours, it is called only after `start`, and an error in it is shown as a warning.
+        """
         ...

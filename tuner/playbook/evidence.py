@@ -233,7 +233,7 @@ def _late_trials(seen: Signs) -> str:
 
 
 def _what_would_settle(seen: Signs) -> str:
-    is_cost = seen.objective.direction == Direction.MINIMIZE
+    is_cost, noun = seen.objective.direction == Direction.MINIMIZE, seen.objective.noun
     if seen.gain is None:
         return (
             "The gain from doubling the steps is unknown. A comparison run (run.decay_branches: auto) "
@@ -249,15 +249,15 @@ def _what_would_settle(seen: Signs) -> str:
     if seen.is_done_early and seen.late is not None and seen.late_by_rate is not None:
         return (
             f"The last quarter of the steps {_change(max(0.0, seen.late.relative), seen)}, but at a small "
-            f"learning rate: over the last quarter of its summed learning rate, the best trial's {seen.objective.noun} "
+            f"learning rate: over the last quarter of its summed learning rate, the best trial's {noun} "
             f"{'fell' if is_cost else 'rose'} by {percent(seen.late_by_rate.relative)}. A longer run would "
             "show whether it has converged."
         )
     missing = trials_to_settle(seen)
     falls, falling = ("falls", "falling") if is_cost else ("rises", "rising")
     return (
-        f"The gain is worthwhile, but the best trial's {seen.objective.noun} neither clearly {falls} at the end nor "
-        f"has clearly stopped {falling}. {_late_trials(seen)}; about {counted(missing, 'more leading trial')} "
+        f"The gain is worthwhile, but the best trial's {noun} neither clearly {falls} at the end nor has "
+        f"clearly stopped {falling}. {_late_trials(seen)}; about {counted(missing, 'more leading trial')} "
         "with a best step there would settle it."
     )
 
