@@ -83,7 +83,9 @@ def test_the_schema_accepts_files_as_people_type_them(text):
 )
 def test_the_schema_accepts_every_form_of_a_hyperparameter(named):
     name, dimension = named
-    written = document(hyperparameters={name: dimension_to_yaml(dimension)})
+    condition = HYPERPARAMETERS[name].only_with
+    chosen = {} if condition is None else {condition.chosen_by: condition.values[-1]}
+    written = document(hyperparameters={**chosen, name: dimension_to_yaml(dimension)})
     assert list(VALIDATOR.iter_errors(written)) == []
 
 
@@ -98,6 +100,13 @@ VALID: list[dict[str, Any]] = [
     {"hyperparameters": {"target_modules": ["all-linear", ".*q_proj"]}},
     {"hyperparameters": {"layers_to_transform": [0, 1]}},
     {"hyperparameters": {"layers_to_transform": ["all", [0, 1]]}},
+    {"hyperparameters": {"optimizer": ["adamw", "lion"], "lion_beta1": [0.9, 0.95], "adam_beta1": 0.9}},
+    {"hyperparameters": {"adam_beta2": 0.95}},
+    {"hyperparameters": {"schedule": "cosine", "decay_steps": 5}},
+    {
+        "hyperparameters": {"optimizer": ["adamw", "mine:SGD"], "momentum": 0.9, "muon_rate": "original"},
+        "search": {"enqueue": [{"optimizer": "mine:SGD"}]},
+    },
     {"storage": "postgresql+psycopg://me@host/db"},
     {
         "data": {
@@ -147,6 +156,9 @@ INVALID: list[dict[str, Any]] = [
     {"hyperparameters": {"layers_to_transform": 1}},
     {"hyperparameters": {"layers_to_transform": [-1]}},
     {"hyperparameters": {"lora_init": "pissa"}},
+    {"hyperparameters": {"lion_beta1": 0.9}},
+    {"hyperparameters": {"optimizer": ["adamw", "lion_8bit"], "muon_momentum": 0.9}},
+    {"hyperparameters": {"schedule": "cosine", "decay_shape": "sqrt"}},
     {"search": {"enqueue": [{"continues": "r0"}]}},
     {"search": {"enqueue": [{"lora_r": [8, 16]}]}},
     {"search": {"sampler": "qmc"}},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from tuner.errors import is_number, one_of, refusal, shown
 from tuner.methods.hyperparameters import Hyperparameter
 from tuner.methods.kinds import Anything, Flag, Integer, Kind, Layers, Method, Modules, Number, UnknownName
 from tuner.methods.table import HYPERPARAMETERS
-from tuner.records import Choices, Dimension, Fixed, Range, Space, TimesSqrtRank, Value, possible
+from tuner.records import Choices, Condition, Dimension, Fixed, Range, Space, TimesSqrtRank, Value, possible
 
 DECAY_SHARE = 0.4
 """Of the horizon, by default. On 124M-parameter runs of 50k steps a decay of 40% ended at a loss of 2.955,
@@ -297,6 +297,51 @@ def hyperparameters_schema() -> dict[str, Any]:
     """Return the schema of an object whose properties are a scalar, a list or a range each."""
     properties = {name: _dimension_schema(row) for name, row in HYPERPARAMETERS.items()}
     return {"type": "object", "properties": properties}
+
+
+def names_schema(ignored_where_inactive: Set[str]) -> dict[str, Any]:
+    """Return the schema of a file whose hyperparameters are known and may stand together.
+
+    Of a method given as a path, the file alone does not say which hyperparameters it has.
+    """
+    choosers = [name for name, row in HYPERPARAMETERS.items() if isinstance(row.kind, Method)]
+    paths = [_choosing({"pattern": ":"}, chooser) for chooser in choosers]
+    hyperparameters = {
+        "propertyNames": {"enum": list(HYPERPARAMETERS)},
+        "allOf": list(_idle(ignored_where_inactive)),
+    }
+    point = {"propertyNames": {"enum": [*HYPERPARAMETERS, "continues"]}}
+    enqueue = {"properties": {"enqueue": {"items": point}}}
+    return {
+        "if": {"properties": {"hyperparameters": {"not": {"anyOf": paths}}}},
+        "then": {"properties": {"hyperparameters": hyperparameters, "search": enqueue}},
+    }
+
+
+def _idle(ignored_where_inactive: Set[str]) -> Iterator[dict[str, Any]]:
+    """Yield the schema of each condition: without it, no hyperparameter that has it may be there."""
+    conditions: dict[Condition, list[str]] = {}
+    for name, row in HYPERPARAMETERS.items():
+        if row.only_with is not None and name not in ignored_where_inactive:
+            conditions.setdefault(row.only_with, []).append(name)
+    for condition, names in conditions.items():
+        yield {"if": _without(condition), "then": {"properties": dict.fromkeys(names, False)}}
+
+
+def _without(condition: Condition) -> dict[str, Any]:
+    """Return the schema of hyperparameters that choose none of a condition's values."""
+    chooser = HYPERPARAMETERS[condition.chosen_by]
+    chosen = _choosing({"enum": list(condition.values)}, chooser.name)
+    if chooser.default in condition.values:
+        return {"required": [chooser.name], "not": chosen}
+    return {"not": chosen}
+
+
+def _choosing(value: dict[str, Any], chooser: str) -> dict[str, Any]:
+    """Return the schema of hyperparameters among whose values of a method there is one like this."""
+    text = {"type": "string", **value}
+    among = {"anyOf": [text, {"type": "array", "contains": text}]}
+    return {"required": [chooser], "properties": {chooser: among}}
 
 
 def enqueue_schema() -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from tuner.config.command_section import CommandSpec, command_refusals, flattened, flattened_enqueue
 from tuner.config.data_section import DataSpec, SourceSpec
-from tuner.config.dimensions import as_numbers, as_range, complete_space
+from tuner.config.dimensions import as_numbers, as_range, complete_space, names_schema
 from tuner.config.rules import (
     adapter_refusals,
     direction_refusals,
@@ -55,7 +55,6 @@ from tuner.errors import InputError, shown
 from tuner.methods.metrics import metric
 from tuner.methods.plug_ins import Chooser, PlugIn, table_for, unloaded
 from tuner.methods.registry import BUILT_IN, is_built_in, trusting_names
-from tuner.methods.table import HYPERPARAMETERS
 from tuner.methods.tools import Tool, tool
 from tuner.methods.variants import possible_variants
 from tuner.records import Choices, Direction, Fixed, Objective, Space, num_points
@@ -185,17 +184,9 @@ def _is_none(section: object) -> bool:
 def _schema(schema: dict[str, Any]) -> None:
     """Let `command` take the place of model and data, and of the table of hyperparameters."""
     schema["required"] = [name for name in schema["required"] if name not in ("evaluation", "model", "data")]
-    names = {"propertyNames": {"enum": list(HYPERPARAMETERS)}}
-    points = {"propertyNames": {"enum": [*HYPERPARAMETERS, "continues"]}}
     schema["if"] = {"required": ["command"]}
     schema["then"] = {"not": {"anyOf": [{"required": ["model"]}, {"required": ["data"]}]}}
-    schema["else"] = {
-        "required": ["model", "data"],
-        "properties": {
-            "hyperparameters": names,
-            "search": {"properties": {"enqueue": {"items": points}}},
-        },
-    }
+    schema["else"] = {"required": ["model", "data"], **names_schema(IGNORED_WHERE_INACTIVE)}
 
 
 class RoundSpec(BaseModel):
