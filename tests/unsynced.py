@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pytest
 
 _fsync = os.fsync
 
@@ -24,6 +27,13 @@ def install() -> None:
 def install_for_files() -> None:
     """Let files do so, in a worker, which loads no database."""
     os.fsync = _sync
+
+
+def on_the_disk(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Return the inodes of what is synced from now on, as it is synced."""
+    found: set[int] = set()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: found.add(os.fstat(descriptor).st_ino))
+    return found
 
 
 def _sync(descriptor: Any) -> None:

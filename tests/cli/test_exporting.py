@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tests.studies import QUICKSTART, write_round
 from tests.study.simulation import Crash, simulate, trials
+from tests.unsynced import on_the_disk
 from tuner.api.export import appearing_whole, finished_trial
 from tuner.cli import run
 from tuner.data import prepare, render_prompt
@@ -194,6 +195,19 @@ def test_what_a_killed_export_left_goes_with_the_next(tmp_path: Path) -> None:
         folder.mkdir()
     with appearing_whole(tmp_path / "model[1]") as made:
         assert {path.name for path in tmp_path.iterdir()} == {running.name, made.name}
+
+
+def test_an_export_is_on_the_disk_before_it_replaces_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "model"
+    for content in ("first", "second"):
+        synced = on_the_disk(monkeypatch)
+        with appearing_whole(target) as made:
+            (made / "weights").write_text(content)
+        assert {path.stat().st_ino for path in (target / "weights", target, tmp_path)} <= synced
+        assert (target / "weights").read_text() == content
+    assert list(tmp_path.iterdir()) == [target]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import fsspec
 import pytest
 
 from tests.data import tiny
+from tests.unsynced import on_the_disk
 from tuner.data import Examples, PreparedData
 from tuner.data.files import downloads, located
 from tuner.errors import DataError
@@ -147,6 +148,15 @@ def test_a_file_that_arrives_in_part_is_refused_and_not_kept(
     with pytest.raises(DataError, match=r"^memory://bucket/eval.jsonl: \d+ of \d+ bytes arrived; try again"):
         located("memory://bucket/eval.jsonl", tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_copy_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, bucket: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut leaves a whole copy or none, since a copy that has its name is never fetched again."""
+    synced = on_the_disk(monkeypatch)
+    [file] = located("memory://bucket/eval.jsonl", tmp_path)
+    assert file.path.stat().st_ino in synced
 
 
 def test_copies_outside_of_a_cache_do_not_stay(bucket: fsspec.AbstractFileSystem) -> None:

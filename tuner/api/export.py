@@ -29,6 +29,7 @@ from tuner.records import RoundRecord, Trial, TrialState
 from tuner.report.card import Card, CheckpointCard, checkpoint_card, merging_note, model_card
 from tuner.study.folder import StudyFolder, opened
 from tuner.study.lookup import begun_round, find_trial
+from tuner.whole import replaced_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +74,9 @@ def appearing_whole(directory: Path) -> Iterator[Path]:
     written.
     """
     absolute = Path(os.path.normpath(directory.absolute()))
-    temporary, old = (absolute.with_name(f".{absolute.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    temporary, old = (
+        absolute.with_name(f".{absolute.name}.{os.getpid()}.{end}") for end in ("tmp", "old.tmp")
+    )
     for left in absolute.parent.glob(f".{glob.escape(absolute.name)}.*.tmp"):
         number = left.name.split(".")[-2]
         if number.isdecimal() and not psutil.pid_exists(int(number)):
@@ -82,9 +85,7 @@ def appearing_whole(directory: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        if absolute.exists():
-            absolute.rename(old)
-        temporary.rename(absolute)
+        replaced_whole(absolute, temporary)
     except OSError as error:
         raise TunerError(f"--to {directory}: cannot be written: {error}") from error
     finally:

@@ -163,7 +163,7 @@ def score_at_the_end(folder: StudyFolder, trial: Trial, *, prepare: Prepare, tel
     name = trial.name
     if before:
         return (
-            f"data.test was already scored for {before[0].round}/{before[0].number}, so {name} is not scored "
+            f"data.test was already scored for {before[0].name}, so {name} is not scored "
             f"automatically; `tuner trial show {name} --test` scores it, but the result is no longer unbiased"
         )
     try:

@@ -204,12 +204,12 @@ def print_trial(folder: StudyFolder, name: str, *, test: bool, as_json: bool) ->
         typer.echo(dumps(trial_document(trial, adapter=adapter, scored=scored, objective=objective)))
     else:
         with opened(folder) as store:
-            kept = next(record.kept for record in store.rounds() if record.name == trial.round)
+            kept = begun_round(store, trial.round).kept
         page = trial_page(trial, max_train_steps=max_train_steps, adapter=adapter, kept=kept, scored=scored)
         output().print(page)
     if adapter is None or folder.plan(trial.round).spec.command is not None:
         return "tuner trial list"
-    return f'tuner trial generate {trial.round}/{trial.number} --prompt "..."'
+    return f'tuner trial generate {trial.name} --prompt "..."'
 
 
 def _scored(folder: StudyFolder) -> tuple[Trial, ...]:

@@ -21,6 +21,7 @@ from typing import Any
 from tuner.errors import DataError
 from tuner.installation import installation
 from tuner.process_log import harmless
+from tuner.whole import written_whole
 
 MAX_ROW_BYTES = 64 * 1024 * 1024
 """A longer line or record is refused: it would be held in memory whole."""
@@ -206,14 +207,9 @@ def _copied(files: Any, path: str, url: str, copies: Path) -> LocalFile:
         copy = copies / version[:32] / (path.split("?")[0].rpartition("/")[2] or "data")
         if not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, unfinished = tempfile.mkstemp(dir=copy.parent)
-            os.close(descriptor)
-            try:
-                files.get_file(path, unfinished)
-                _require_all(Path(unfinished), about.get("size"), name)
-                Path(unfinished).rename(copy)
-            finally:
-                Path(unfinished).unlink(missing_ok=True)
+            with written_whole(copy) as unfinished:
+                files.get_file(path, str(unfinished))
+                _require_all(unfinished, about.get("size"), name)
     return LocalFile(copy, name)
 
 

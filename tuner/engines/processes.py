@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tuner.process_start import start_ticks
+from tuner.whole import written_whole
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _SWEEPS = 40
@@ -123,9 +124,8 @@ def record_worker(path: Path, pid: int, token: str | None = None) -> None:
     """Record a worker that this process started; do nothing where the system does not tell enough."""
     worker, parent = Identity.of(pid), Identity.of(os.getpid())
     if worker is not None and parent is not None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(asdict(RecordedWorker(worker, parent, token))))
-        temporary.replace(path)
+        with written_whole(path) as unnamed:
+            unnamed.write_text(json.dumps(asdict(RecordedWorker(worker, parent, token))))
 
 
 def recorded_workers(directory: Path) -> dict[Path, RecordedWorker]:
