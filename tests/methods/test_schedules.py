@@ -17,6 +17,7 @@ from tests.contracts.methods import ScheduleContract
 from tests.studies import ENVIRONMENT, write_round
 from tuner.methods.kinds import OneOf
 from tuner.methods.plug_ins import PlugIn
+from tuner.methods.registry import BUILT_IN
 from tuner.methods.schedules import Schedule, decay_names, known_schedule, schedule
 from tuner.methods.schedules.linear import DECAY_SHAPE
 from tuner.playbook import can_continue
@@ -168,6 +169,7 @@ import sys
 from tuner.methods.hyperparameters import Hyperparameter
 from tuner.methods.kinds import Integer
 from tuner.methods.plug_ins import PlugIn
+from tuner.methods.registry import BUILT_IN
 from tuner.playbook import can_continue
 from tuner.playbook.schedule import trunk_end
 rows = (Hyperparameter("low_steps", 10, Integer(at_least=0), "", in_decay="length"),)
@@ -244,3 +246,14 @@ def test_the_step_at_a_share_of_the_recorded_rates_is_that_of_the_multiplier() -
         step_at_rate_share(values, 1000, 0.75), abs=10
     )
     assert step_at_recorded_share((), 0.75) == 0.0
+
+
+def test_a_trainers_name_means_one_schedule() -> None:
+    """The one that an imported run of that name gets, and that exports itself by it."""
+    named = [(theirs, name) for name in BUILT_IN["schedule"] for theirs in schedule(name).trainer_names]
+    assert len(dict(named)) == len(named) >= 4
+    for name in BUILT_IN["schedule"]:
+        exported = schedule(name).trainer_scheduler
+        assert exported is not None
+        theirs, _ = exported({"schedule": name, "warmup_steps": 2, "decay_steps": 3}, 10, 10)
+        assert dict(named)[theirs] == name

@@ -23,6 +23,8 @@ from tuner.config.sections import refuse_bad_name
 from tuner.config.yaml_text import one_line
 from tuner.errors import CheckpointError, InputError, refusal, shown
 from tuner.methods.kinds import Anything, Integer, Kind, Method, Number
+from tuner.methods.registry import BUILT_IN
+from tuner.methods.schedules import DECAY_STEPS, known_schedule, schedule
 from tuner.methods.table import HYPERPARAMETERS
 from tuner.methods.tools import tool
 from tuner.playbook import best_evaluation
@@ -181,12 +183,7 @@ _TRAINERS_NAMES = {
 }
 """A Trainer's names that tuner has another one for."""
 _TRAINERS_SCHEDULES = {
-    "linear": "linear",
-    "warmup_stable_decay": "linear",
-    "cosine": "cosine",
-    "constant": "constant",
-    "constant_with_warmup": "constant",
-    "inverse_sqrt": "inverse_sqrt",
+    theirs: name for name in BUILT_IN["schedule"] for theirs in schedule(name).trainer_names
 }
 """Its `lr_scheduler_type` and tuner's schedules; others stay unknown."""
 
@@ -209,7 +206,8 @@ def _by_tuners_names(run: FinishedRun, said: Said, horizon: int) -> tuple[Finish
     values |= _warmup(known, horizon)
     if "num_decay_steps" in known:
         values.setdefault("decay_steps", known["num_decay_steps"])
-    if values.get("schedule") == "linear" and "decay_steps" not in values:
+    decays = DECAY_STEPS in known_schedule(str(values.get("schedule"))).hyperparameters
+    if decays and DECAY_STEPS.name not in values:
         warmup = values.get("warmup_steps")
         if not isinstance(warmup, int):
             raise InputError(
@@ -220,7 +218,7 @@ def _by_tuners_names(run: FinishedRun, said: Said, horizon: int) -> tuple[Finish
             raise InputError(
                 f"{run.name}: warmup_steps: {warmup} is above the {horizon} steps that it trains for"
             )
-        values["decay_steps"] = horizon - warmup
+        values[DECAY_STEPS.name] = horizon - warmup
     remark = None
     if (
         run.rates

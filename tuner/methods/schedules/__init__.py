@@ -64,6 +64,8 @@ class Schedule:
     """Returns transformers' `lr_scheduler_type` and `lr_scheduler_kwargs` with the same rate at every step of
     a run that ends after the warmup: (hyperparameters, steps to run, horizon of the schedule). None if there
     is no equivalent."""
+    trainer_names: tuple[str, ...] = ()
+    """Values of transformers' `lr_scheduler_type` that make an imported run one with this schedule."""
     aliases: tuple[str, ...] = ()
     """Names in other tools, in lower case. A round file that uses one gets this name suggested."""
 

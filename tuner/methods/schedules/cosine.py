@@ -27,5 +27,6 @@ COSINE = Schedule(
     multiplier=_multiplier,
     has_stable_phase=False,
     trainer_scheduler=_trainer_scheduler,
+    trainer_names=("cosine",),
     aliases=("cosine_annealing", "cosine_with_restarts", "cosine_with_min_lr"),
 )

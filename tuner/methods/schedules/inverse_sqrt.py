@@ -25,5 +25,6 @@ INVERSE_SQRT = Schedule(
     name="inverse_sqrt",
     multiplier=_multiplier,
     trainer_scheduler=lambda values, steps, horizon: ("inverse_sqrt", {"timescale": _timescale(values)}),
+    trainer_names=("inverse_sqrt",),
     aliases=("inverse_square_root", "inv_sqrt", "rsqrt", "noam"),
 )

@@ -63,5 +63,6 @@ LINEAR = Schedule(
     multiplier=_multiplier,
     hyperparameters=(DECAY_STEPS, DECAY_SHAPE),
     trainer_scheduler=_trainer_scheduler,
+    trainer_names=("linear", "warmup_stable_decay"),
     aliases=("wsd", "warmup_stable_decay", "linear_decay", "trapezoidal"),
 )
