@@ -136,17 +136,17 @@ def test_the_order_by_a_metric_is_not_one_of_losses() -> None:
     assert "rank correlation of their values of token_accuracy in both is 1.00" in sentence
 
 
-def test_no_trial_beats_the_untouched_model() -> None:
+def test_no_trial_beats_the_base_model() -> None:
     report = synthetic.shaped_report(lambda step: 2 + 0.01 * step)
     assert advice.found(report) == ("None of 5 trials (5 complete) beat the base model's 2.0000.",)
     assert advice.headline(report) == "Training did not help: no trial beat the base model."
 
 
-def test_a_loss_above_the_untouched_model_is_not_praised() -> None:
+def test_a_loss_above_the_base_model_is_not_praised() -> None:
     late = [synthetic.evaluation(5, 3.0), synthetic.evaluation(10, 3.1)]
     trials = [synthetic.trial(0, 1e-4, evaluations=late), synthetic.trials()[7]]
     report = synthetic.report(trials_of_round=trials, promised=2)
-    assert report.untouched_loss == pytest.approx(2.431)
+    assert report.base_loss == pytest.approx(2.431)
     said = " ".join(advice.found(report))
     assert "The base model was not evaluated" in said
     assert said.count("base model") == 1, "nothing is compared with it"

@@ -17,7 +17,7 @@ from tuner.records import Evaluation, Hyperparameters, Value
 NUM_EXAMPLES = 32
 """Number of synthetic evaluation examples, for paired standard errors."""
 EXAMPLE_TOKENS = 64
-UNTOUCHED_LOSS = 2.2
+BASE_LOSS = 2.2
 NOISE = 0.13
 """Excess loss of a constant rate, at the best rate of a run about as long as the pace."""
 ANNEALED = 0.025
@@ -75,15 +75,15 @@ class LoraFormula:
         self, hyperparameters: Hyperparameters, rate: float, step: int, horizon: int
     ) -> tuple[float, float]:
         """Return evaluation and train loss; `rate` is in units of the best one."""
-        floor = UNTOUCHED_LOSS * (0.68 + self._penalty(hyperparameters))
+        floor = BASE_LOSS * (0.68 + self._penalty(hyperparameters))
         speed = 3.0 * rate / (1.0 + 2.0 * rate**1.3)
         worth, annealed = _decayed(hyperparameters, step, horizon)
         progress = worth * speed / self.pace_steps
-        learned = (UNTOUCHED_LOSS - floor) * (1.0 - (1.0 + progress) ** -0.8)
+        learned = (BASE_LOSS - floor) * (1.0 - (1.0 + progress) ** -0.8)
         noise = NOISE * rate / (1.0 + 0.1 * rate) * min(1.0, progress) / (1.0 + annealed / ANNEALED)
         harm = 0.003 * rate * math.log1p(progress)
         overfitted = 2e-4 * max(0.0, progress - 20.0)
-        loss = UNTOUCHED_LOSS - learned + noise + harm
+        loss = BASE_LOSS - learned + noise + harm
         return loss + overfitted, loss - 0.01 * progress**0.5
 
     def _penalty(self, hyperparameters: Hyperparameters) -> float:

@@ -102,7 +102,7 @@ def _runner_up(runner_up: Trial, second: Evaluation, trial: Trial, best: Evaluat
 
 
 def _against_the_base(report: RoundReport, loss: float) -> str:
-    base = report.untouched_loss
+    base = report.base_loss
     if base is None or base <= loss:
         return ""
     return f", {format.percent((base - loss) / abs(base))} below the base model's {format.loss(base)}"
@@ -219,7 +219,7 @@ def key_numbers(report: RoundReport) -> list[tuple[str, str, str]]:
     numbers = []
     if report.ranked:
         trial, best = report.ranked[0]
-        base = report.untouched_loss
+        base = report.base_loss
         against = f"trial {trial.number}" + (f", base model {format.loss(base)}" if base is not None else "")
         if trial.answer_score is not None:
             by = f"{format.count(trial.answer_score.num_examples, 'answer')} by {trial.answer_score.metric}"

@@ -272,8 +272,8 @@ def _prompt(card: Card) -> Sequence[str]:
 def _result(card: Card) -> str:
     best = best_evaluation(card.trial.evaluations)
     assert best is not None, "a complete trial has been evaluated"
-    untouched = next((e.eval_loss for e in card.trial.evaluations if e.step == 0), None)
-    before = f" The base model has {format.loss(untouched)}." if untouched is not None else ""
+    base_loss = next((e.eval_loss for e in card.trial.evaluations if e.step == 0), None)
+    before = f" The base model has {format.loss(base_loss)}." if base_loss is not None else ""
     tested = (
         f" On test rows not used for any choice: {format.loss(card.test_loss)}."
         if card.test_loss is not None

@@ -100,7 +100,7 @@ def _described(reports: Sequence[RoundReport]) -> dict[str, str]:
         "rounds": ", ".join(f"{each.record.name} ({each.max_train_steps})" for each in reports),
         "trials": format.counts(report.counts),
         "steps run": f"{sum(each.executed_steps for each in reports):,}",
-        "base model's loss": format.loss(report.untouched_loss),
+        "base model's loss": format.loss(report.base_loss),
     }
     if report.ranked:
         trial, best = report.ranked[0]

@@ -247,8 +247,8 @@ def _loss_range(trials: Sequence[Trial]) -> list[float]:
         low, high = min(losses), max(losses)
         margin = 0.06 * (high - low) or 0.01 * abs(high) or 0.1
         return [low - margin, high + margin]
-    untouched = [t.evaluations[0].value for t in trials if t.evaluations[0].step == 0]
-    finite = [loss for loss in untouched if math.isfinite(loss)]
+    at_start = [t.evaluations[0].value for t in trials if t.evaluations[0].step == 0]
+    finite = [loss for loss in at_start if math.isfinite(loss)]
     low, high = min(losses), max(finite) if finite else max(losses)
     margin = 0.06 * (high - low) or 0.01 * abs(high) or 0.1
     return [low - margin, high + margin]

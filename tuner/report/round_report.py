@@ -156,7 +156,7 @@ class RoundReport:
         return {state.value: count for state, count in by_state.items() if count}
 
     @property
-    def untouched_loss(self) -> float | None:
+    def base_loss(self) -> float | None:
         """Loss of the base model, if measured and finite."""
         exact = sorted(self.trials, key=lambda trial: not starts_with_zero_b(trial.hyperparameters))
         first = (trial.evaluations[0] for trial in exact if trial.evaluations)
