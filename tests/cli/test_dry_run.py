@@ -12,6 +12,9 @@ import pytest
 
 from tests.studies import write_round
 from tuner.cli import run
+from tuner.config import load_round
+from tuner.errors import InputError
+from tuner.study.dry_run import forgotten_if_refused
 
 BANNER = "Dry run: losses are made up by a formula, nothing was trained"
 
@@ -155,6 +158,46 @@ def test_what_cannot_be_done_is_refused(
     capsys.readouterr()
     assert tuner(*arguments, within=study, monkeypatch=monkeypatch) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "sampler", "words"),
+    [
+        (("run",), "no_such:Sampler", "no module no_such"),
+        (("auto",), "no_such:Sampler", "no module no_such"),
+        (("sweep",), "quasi-random", "run.production_steps"),
+    ],
+    ids=["run", "auto", "sweep"],
+)
+def test_a_dry_run_that_is_refused_at_once_leaves_nothing(
+    study: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    verb: tuple[str, ...],
+    sampler: str,
+    words: str,
+) -> None:
+    file = study / "round1.yaml"
+    file.write_text(file.read_text().replace("sampler: quasi-random", f'sampler: "{sampler}"'))
+    arguments = ("study", *verb, "round1.yaml", "--engine", "simulated")
+    assert tuner(*arguments, within=study, monkeypatch=monkeypatch) == 2
+    assert words in capsys.readouterr().err
+    assert list(study.iterdir()) == [file]
+
+
+def test_a_dry_run_keeps_its_file_and_what_else_is_in_its_folder(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("study", "run", "round1.yaml", "--engine", "simulated")
+    assert tuner(*arguments, within=study, monkeypatch=monkeypatch) == 0
+    copy = study / "dry-run" / "round1.yaml"
+    with pytest.raises(InputError), forgotten_if_refused(load_round(copy)):
+        raise InputError("refused")
+    assert copy.exists(), "its round has begun"
+    (study / "dry-run" / "tuner.db").unlink()
+    with pytest.raises(InputError), forgotten_if_refused(load_round(copy)):
+        raise InputError("refused")
+    assert [path.name for path in (study / "dry-run").iterdir()] == ["runs"]
 
 
 def test_a_file_that_says_simulated_needs_no_torch(study: Path) -> None:

@@ -28,6 +28,7 @@ from tuner.store import exists, hold_study
 from tuner.study.check import mean
 from tuner.study.dashboard import next_name
 from tuner.study.disk import taken_back
+from tuner.study.dry_run import forgotten_if_refused
 from tuner.study.folder import is_dry_run, open_folder, opened
 from tuner.study.lookup import begun_round, find_trial
 from tuner.study.outage import Waiting
@@ -64,25 +65,30 @@ def sweep_round(
     `tell` receives what was found and written, `say` why it waits between two rounds, which `stopping` ends.
     Raises TunerError if the sweep gives no result, and what running raises.
     """
-    file.spec.require_model("study sweep fits training rows")
-    if epochs is not None:
-        file = _with_epochs(file, epochs, prepare, tell)
-    answer: SweepDecision | None = _answer_at_once(file, prepare)
-    has_run = False
-    while answer is None:
-        found = _through(file, partial(next_sweep, file), say, stopping) if has_run else next_sweep(file)
-        if not isinstance(found, RoundFile):
-            answer = found
-        elif has_run:
-            _through(file, partial(_run, found, run), say, stopping)
-        else:
-            _run(found, run)
-            has_run = True
+    with forgotten_if_refused(file):
+        file.spec.require_model("study sweep fits training rows")
+        if epochs is not None:
+            file = _with_epochs(file, epochs, prepare, tell)
+        answer = _answer_at_once(file, prepare) or _decided(file, run, say, stopping)
     if isinstance(answer, SweepProblem):
         raise TunerError(answer.message)
     assert isinstance(answer, (FirstHorizon, ComputeBound))
     _say_and_write(file, answer, tell)
     return answer
+
+
+def _decided(
+    file: RoundFile, run: Callable[[RoundFile], None], say: Tell, stopping: Callable[[], bool]
+) -> SweepDecision:
+    """Run the rounds of a sweep until they decide."""
+    found = next_sweep(file)
+    if isinstance(found, RoundFile):
+        _run(found, run)
+    while isinstance(found, RoundFile):
+        found = _through(file, partial(next_sweep, file), say, stopping)
+        if isinstance(found, RoundFile):
+            _through(file, partial(_run, found, run), say, stopping)
+    return found
 
 
 def refuse_epochs(epochs: float | None, *, is_dry_run: bool) -> None:

@@ -36,7 +36,7 @@ from tuner.report.format import GpuReading
 from tuner.report.live import ProgressBar, Silence
 from tuner.report.notify import NotifiedRound, Notifier
 from tuner.report.trackers import FollowedRound, followed
-from tuner.study.dry_run import dry_run_file
+from tuner.study.dry_run import dry_run_file, forgotten_if_refused
 from tuner.study.folder import StudyFolder, dry_run_banner, is_dry_run, open_folder, opened
 from tuner.study.plan import CACHE, RoundPlan
 from tuner.study.reproduction import Rerun, planned_rerun, reproduce
@@ -145,7 +145,26 @@ def run_here(
     engine_named: EngineNamed = make_engine,
 ) -> None:
     """Start or resume a round on its engine, with a live view. Raises what `run_round` does."""
-    file = with_plug_ins(file)
+    with forgotten_if_refused(file):
+        _run_here(
+            with_plug_ins(file),
+            where,
+            open_view=open_view,
+            stopping=stopping,
+            restarts=restarts,
+            engine_named=engine_named,
+        )
+
+
+def _run_here(
+    file: RoundFile,
+    where: Where,
+    *,
+    open_view: OpenView,
+    stopping: Callable[[], bool],
+    restarts: int,
+    engine_named: EngineNamed,
+) -> None:
     name = where.engine_of(file)
     is_dry_run = name == "simulated"
     try:
@@ -372,6 +391,8 @@ def _followed_round(file: RoundFile) -> FollowedRound:
 
 def has_begun(file: RoundFile) -> bool:
     """Return whether the round is in the study's facts."""
+    if is_dry_run(file) and not file.path.exists():  # `forgotten_if_refused`
+        return False
     with opened(open_folder(file.directory)) as store:
         return store.round(file.spec.round) is not None
 

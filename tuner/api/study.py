@@ -24,6 +24,7 @@ from tuner.api.run import (
     view_of,
 )
 from tuner.api.trial import Trial
+from tuner.config import load_round
 from tuner.errors import InputError
 from tuner.playbook.restarts import Enough
 from tuner.playbook.sweep import FirstHorizon
@@ -331,8 +332,9 @@ class Study:
         from tuner.api.auto import refuse_epochs, sweep_round
 
         where = Where(slots, workers, engine, ray_address)
-        file = where.file(self._path(round_file))
-        refuse_epochs(epochs, is_dry_run=where.engine_of(file) == "simulated")
+        path = self._path(round_file)
+        refuse_epochs(epochs, is_dry_run=where.engine_of(load_round(path)) == "simulated")
+        file = where.file(path)
         with interruptible(None) as stopping, keeping_workers() as engine_named:
             answer = sweep_round(
                 file,

@@ -6,6 +6,8 @@ checkpoints; its files have `run.engine: simulated`, and every command works in 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tuner.config import RoundFile, edit_round, read_round
@@ -13,6 +15,8 @@ from tuner.errors import InputError, RoundFileError
 from tuner.study.folder import dry_run_folder, is_dry_run
 from tuner.study.plan import RoundPlan
 from tuner.study.run import refuse_changed_file
+
+_DATABASE = "tuner.db"
 
 
 def dry_run_file(file: RoundFile) -> RoundFile:
@@ -41,12 +45,26 @@ def dry_run_file(file: RoundFile) -> RoundFile:
     return copy
 
 
+@contextmanager
+def forgotten_if_refused(file: RoundFile) -> Iterator[None]:
+    """Delete the copy of a dry run that has no database yet, and its folder, if the block refuses it."""
+    try:
+        yield
+    except InputError:
+        is_copy = is_dry_run(file) and (file.directory.parent / file.path.name).exists()
+        if is_copy and not (file.directory / _DATABASE).exists():
+            file.path.unlink(missing_ok=True)
+            if not any(file.directory.iterdir()):
+                file.directory.rmdir()
+        raise
+
+
 def _changes(file: RoundFile) -> dict[str, Any]:
     """Return the copy's changes: its own database and checkpoints, the same model and data."""
     written, absolute = file.spec, file.spec.absolute(file.directory)
     changes: dict[str, Any] = {
         "run.engine": "simulated",
-        "storage": "sqlite:///tuner.db",
+        "storage": f"sqlite:///{_DATABASE}",
         "checkpoints.directory": "runs",
         "goal": f"Dry run with synthetic losses. {written.goal}".strip(),
     }
