@@ -64,7 +64,7 @@ def notebook(directory: Path) -> Any:
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_two_rounds_and_shows_them(notebook):
+def test_the_notebook_runs_two_rounds_shows_them_and_generates(notebook):
     shown = [
         "".join(str(output.get("text", "")) + str(output.get("data", {})) for output in cell.outputs)
         for cell in notebook.cells
@@ -76,4 +76,5 @@ def test_the_notebook_runs_two_rounds_and_shows_them(notebook):
     assert "application/vnd.plotly" in shown[4]
     assert "runs/round2/trial-" in shown[5] or "runs/round1/trial-" in shown[5]
     assert "trainable params" in shown[6]
-    assert "too_short" in shown[7]
+    assert re.search(r"\['.*', '.*'\]", shown[7]), "two answers"
+    assert "too_short" in shown[8]
