@@ -108,7 +108,12 @@ def advise(
         InputError: for a curve or an argument that cannot be used.
     """
     if schedule not in SCHEDULES:
-        raise InputError(f"schedule={schedule!r}: expects one of {', '.join(SCHEDULES)}")
+        from tuner.config.wording import meant_value
+
+        hint = meant_value(schedule, SCHEDULES)
+        raise InputError(
+            f"schedule={schedule!r}: expects one of {', '.join(SCHEDULES)}{hint and f'; {hint}'}"
+        )
     max_train_steps = _steps("max_train_steps", max_train_steps, least=1, hint="pass the steps of the runs")
     within: dict[str, Any] = {"most": max_train_steps, "hint": "pass 0 for runs without one"}
     decay_steps = _steps("decay_steps", decay_steps, **within)
