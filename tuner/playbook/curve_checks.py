@@ -38,10 +38,13 @@ def curve_findings(
 
 
 def _overfitting(results: RoundResults, leading: Sequence[LeadingTrial]) -> Iterator[Finding]:
-    # A trial that never beat the base model cannot overfit.
-    learned = (trial for trial in results.complete if beats_the_base(trial))
-    rises = ((trial.number, rise_after_best(trial.evaluations)) for trial in learned)
-    rising = {n: rise for n, rise in rises if rise is not None and rise.is_overfitting}
+    rises = ((trial, rise_after_best(trial.evaluations)) for trial in results.complete)
+    rising = {
+        trial.number: rise
+        for trial, rise in rises
+        # A trial that never beat the base model cannot overfit.
+        if rise is not None and rise.is_overfitting and beats_the_base(trial)
+    }
     in_front = [lead.trial.number for lead in leading if lead.trial.number in rising]
     if in_front:
         rise = rising[in_front[0]]

@@ -141,13 +141,13 @@ class RoundResults:
         """Return what differences of the objective are relative to."""
         return scale_of(self.trials, by_curve=self.by_curve)
 
-    @property
+    @cached_property
     def complete(self) -> tuple[Trial, ...]:
         """Return the trials that ran to the horizon, by number."""
         done = [trial for trial in self.trials if trial.state == TrialState.COMPLETE]
         return tuple(sorted(done, key=lambda trial: trial.number))
 
-    @property
+    @cached_property
     def results(self) -> tuple[Trial, ...]:
         """Return the trials that count towards `search.trials`, by number."""
         return tuple(sorted((t for t in self.trials if t.state.is_result), key=lambda t: t.number))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice, pairwise
 from operator import attrgetter
 from typing import TypeAlias
@@ -12,16 +13,16 @@ from typing import TypeAlias
 from tuner.methods.table import counting
 from tuner.playbook.noise import (
     BY_VALUE,
+    MAX_LOSS,
     SIGNIFICANT,
     Scale,
     difference_error,
-    is_number,
     largest_differences,
     measured,
     significant_among,
     smoothed_cost,
 )
-from tuner.records import Evaluation, Trial, TrialState
+from tuner.records import Evaluation, Trial, TrialState, Value
 
 ByCurve: TypeAlias = Sequence[tuple[Trial, Evaluation]]
 """Complete trials with their best evaluations, as `ranked_by_curve` orders them."""
@@ -38,7 +39,7 @@ def best_evaluation(evaluations: Iterable[Evaluation]) -> Evaluation | None:
     best, lowest = None, math.inf
     for evaluation in evaluations:
         cost = evaluation.cost
-        if cost > lowest or not is_number(cost):
+        if cost > lowest or not abs(cost) <= MAX_LOSS:
             continue
         if best is None or cost < lowest or evaluation.step < best.step:
             best, lowest = evaluation, cost
@@ -57,8 +58,8 @@ def settled_step(evaluations: Sequence[Evaluation]) -> int | None:
         return None
     costs = [evaluation.cost for evaluation in by_step]
     lowest = min(costs)
-    best = by_step[costs.index(lowest)]  # the earlier of equals
-    bounds = largest_differences(by_step, best)
+    place = costs.index(lowest)  # the earlier of equals
+    best, bounds = by_step[place], largest_differences(by_step, place)
     return next(
         evaluation.step
         for evaluation, cost, bound in zip(by_step, costs, bounds, strict=True)
@@ -194,12 +195,19 @@ def distinct(trials: Iterable[Trial]) -> Iterator[Trial]:
 
     Rule: this project's decision, "Leading trials".
     """
-    seen: set[frozenset[tuple[str, object]]] = set()
+    seen: set[tuple[tuple[str, ...], tuple[Value, ...]]] = set()
     for trial in trials:
-        known = len(seen)
-        seen.add(frozenset(counting(trial.hyperparameters).items()))
+        own, known = counting(trial.hyperparameters), len(seen)
+        names = _in_order(tuple(own))
+        seen.add((names, tuple([own[name] for name in names])))
         if len(seen) > known:
             yield trial
+
+
+@lru_cache(maxsize=256)
+def _in_order(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Sort names; nearly all trials of a round have the same."""
+    return tuple(sorted(names))
 
 
 def leading_trials(

@@ -106,6 +106,7 @@ def round_status(
     *,
     max_train_steps: int,
     trials: Sequence[Trial],
+    rising: Sequence[Trial] | None = None,
     promised: int,
     is_running: bool,
     adapters: Mapping[int, str],
@@ -119,11 +120,12 @@ def round_status(
 ) -> RoundStatus:
     """Return a round's state from its trials, its `search.trials` and the comparison runs that are due.
 
-    `now` is the time on the clock of the running attempts; None if there are none. A failed trial is replaced
-    by a new one, so it does not count towards `search.trials`.
+    `rising` are the trials that may overfit, all by default. `now` is the time on the clock of the running
+    attempts; None if there are none. A failed trial is replaced by a new one, so it does not count towards
+    `search.trials`.
     """
     by_state = Counter(trial.state for trial in trials)
-    results = sum(trial.state.is_result for trial in trials)
+    results = sum(by_state[state] for state in TrialState if state.is_result)
     by_state[TrialState.WAITING] = max(
         by_state[TrialState.WAITING], promised - results - by_state[TrialState.RUNNING]
     )
@@ -137,9 +139,12 @@ def round_status(
         throughput=throughput,
         throughput_by_node=throughput_by_node or {},
         branches_left=branches_left,
-        overfitting=_overfitting(trials),
+        overfitting=_overfitting(trials if rising is None else rising),
         seconds_left=_seconds_left(
-            trials, promised=promised, max_train_steps=max_train_steps, now=now if is_running else None
+            trials,
+            to_come=promised - results,
+            max_train_steps=max_train_steps,
+            now=now if is_running else None,
         ),
         objective=objective,
         running={
@@ -156,14 +161,17 @@ def round_status(
 
 
 def _seconds_left(
-    trials: Sequence[Trial], *, promised: int, max_train_steps: int, now: float | None
+    trials: Sequence[Trial], *, to_come: int, max_train_steps: int, now: float | None
 ) -> float | None:
     """Estimate the pace from the steps of all attempts and the time in which at least one ran.
 
-    Leaves out attempts of a killed process: their end is not known.
+    `to_come` are the results that the round lacks. Leaves out attempts of a killed process: their end is not
+    known.
     """
-    board = Board(trials_total=promised, max_train_steps=max_train_steps)
-    board.sync(trials)
+    board = Board(trials_total=to_come, max_train_steps=max_train_steps)
+    board.sync([trial for trial in trials if not trial.state.is_final])
+    if not board.remaining_steps:
+        return None
     steps, seconds, until = 0, 0.0, -math.inf
     attempts = [a for trial in trials for a in trial.attempts if a.outcome != "interrupted"]
     for attempt in sorted(attempts, key=lambda attempt: attempt.started_at):
@@ -173,9 +181,7 @@ def _seconds_left(
         steps += attempt.to_step - attempt.from_step
         seconds += max(0.0, ended - max(attempt.started_at, until))
         until = max(until, ended)
-    if not steps or not board.remaining_steps:
-        return None
-    return board.remaining_steps * seconds / steps
+    return board.remaining_steps * seconds / steps if steps else None
 
 
 def _overfitting(trials: Sequence[Trial]) -> dict[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from tuner.methods.variants.initialisations import starts_with_zero_b
 from tuner.playbook.horizon import Diagnosis
@@ -81,9 +82,12 @@ SAID_BY_THE_EVIDENCE = frozenset(Diagnosis) - {Diagnosis.OVERFITTING}
 """Findings that repeat the evidence; overfitting has separate advice."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RoundReport:
-    """A round, the playbook's analysis of it, and what to do next."""
+    """A round, the playbook's analysis of it, and what to do next.
+
+    What many parts of a report ask of the trials is found out once, with the first of them.
+    """
 
     study: str
     goal: str
@@ -118,12 +122,12 @@ class RoundReport:
         """The round's horizon."""
         return self.results.max_train_steps
 
-    @property
+    @cached_property
     def trials(self) -> tuple[Trial, ...]:
         """Complete trials by the objective, then the others by number."""
         return best_first(self.results.trials)
 
-    @property
+    @cached_property
     def ranked(self) -> tuple[tuple[Trial, Evaluation], ...]:
         """Complete trials with their best evaluations, best first."""
         return ranked(self.results.trials)
@@ -191,7 +195,7 @@ class RoundReport:
         more = [finding for finding in self.reading.findings if finding.rule not in SAID_BY_THE_EVIDENCE]
         return tuple(sorted(more, key=lambda finding: order.index(finding.severity)))
 
-    @property
+    @cached_property
     def shown_names(self) -> tuple[str, ...]:
         """Hyperparameters with a column: searched ones, and others that vary."""
         names = dict.fromkeys((*searched(self.results.space), *format.varying(self.results.trials)))

@@ -319,13 +319,18 @@ class SqlStore:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Disable garbage collection, which would slow down a long read."""
+    """Disable garbage collection, which would slow down a long read, and let what was read count as old.
+
+    The next collection would scan all of it otherwise.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was_enabled:
+            gc.freeze()
+            gc.unfreeze()
             gc.enable()
 
 

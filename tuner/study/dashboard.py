@@ -169,7 +169,7 @@ def _report(
         next_command=next_command(folder, results, lambda: reading, store),
         environment=environment(),
         scored=scores_of(store),
-        branches_left=num_branches_left(store, record),
+        branches_left=num_branches_left(store, record, results),
         importance=importance(results),
         is_dry_run=folder.is_dry_run,
     )
@@ -191,7 +191,7 @@ def next_command(
     record = store.round(results.name)
     assert record is not None
     missing = file is not None and len(results.results) < file.spec.num_trials
-    if missing or num_branches_left(store, _as_it_stands(folder, record)):
+    if missing or num_branches_left(store, _as_it_stands(folder, record), results):
         return run
     following = next((p.to_round for p in store.promotions() if p.from_round == results.name), None)
     if following is not None and folder.file(following) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,8 +84,7 @@ def statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
         owing = as_written_now(record, file) if record and file else record
         # Which comparison runs are due is known once the trials have ended, from the losses of examples.
         may_owe = owing and recorded_rule(owing) is not False and store.num_results(name) >= promised
-        read = store.trials(name) if may_owe else _trials_of_status(store, name)
-        trials = [at_rest(trial, is_running) for trial in read]
+        trials = [at_rest(trial, is_running) for trial in store.trials(name, examples=bool(may_owe))]
         horizon = record.max_train_steps if record else file.spec.max_train_steps if file else 0
         place = folder.checkpoints(name)
         adapters = {trial.number: place.adapter(trial) for trial in trials}
@@ -93,6 +93,7 @@ def statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
                 name,
                 max_train_steps=horizon,
                 trials=trials,
+                rising=trials if may_owe else _rising(store, name, trials),
                 promised=promised,
                 is_running=is_running
                 and (name == newest or any(t.state == TrialState.RUNNING for t in trials)),
@@ -113,12 +114,10 @@ def statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
     return found
 
 
-def _trials_of_status(store: Store, round_name: str) -> tuple[Trial, ...]:
-    """Return a round's trials, with the losses of single examples where they decide if a trial overfits."""
-    trials = store.trials(round_name, examples=False)
-    rising = {trial.number for trial in trials if may_rise_after_best(trial.evaluations)}
-    whole = {trial.number: trial for trial in store.trials(round_name, numbers=rising)} if rising else {}
-    return tuple(whole.get(trial.number, trial) for trial in trials)
+def _rising(store: Store, round_name: str, trials: Sequence[Trial]) -> tuple[Trial, ...]:
+    """Return the trials that may overfit, with the losses of single examples, which decide if they do."""
+    numbers = {trial.number for trial in trials if may_rise_after_best(trial.evaluations)}
+    return store.trials(round_name, numbers=numbers)
 
 
 def reports_on(folder: StudyFolder, round_path: Path | None) -> tuple[RoundReport, ...]:

@@ -105,12 +105,16 @@ def recorded_rule(record: RoundRecord) -> ComparisonRule:
     return rule
 
 
-def num_branches_left(store: Store, record: RoundRecord) -> int:
-    """Return how many comparison runs a round still needs after its trials, by this record of it."""
+def num_branches_left(store: Store, record: RoundRecord, results: RoundResults | None = None) -> int:
+    """Return how many comparison runs a round still needs after its trials, by this record of it.
+
+    `results` are its `round_results` where they are known.
+    """
     rule = recorded_rule(record)
     if rule is False:
         return 0
-    results = round_results(record, store.trials(record.name))
+    if results is None:
+        results = round_results(record, store.trials(record.name))
     return len(branches_left(results, earlier_results(store, record), rule=rule, begun=record.branches))
 
 
