@@ -42,7 +42,7 @@ def seen(
     for number, step in enumerate(best_steps):
         evaluations = tuple(exact(s, 1.0 + abs(s - step) / horizon) for s in range(0, horizon + 1, every))
         trial = Trial("round1", number, hyperparameters, evaluations=evaluations)
-        leading.append(LeadingTrial(trial, exact(step, 1.0), step, step / horizon))
+        leading.append(LeadingTrial(trial, exact(step, 1.0), step / horizon))
     source = GainSource.STABLE_PHASE
     known = None if gain is None else Gain(gain, noise, source, 0, horizon // 2, horizon, ratio)
     if late is None:

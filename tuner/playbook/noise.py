@@ -28,17 +28,19 @@ def smoothed(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
     return tuple(e.with_cost(cost) for e, cost in zip(finite, smoothed_costs(finite), strict=True))
 
 
-def smoothed_cost(evaluations: Sequence[Evaluation], step: int) -> float:
-    """Return the smoothed cost at the step of an evaluation. Rule: as for `smoothed`."""
-    finite = measured(evaluations)
-    at = next(i for i, evaluation in enumerate(finite) if evaluation.step == step)
-    return smoothed_costs(finite)[at]
+def smoothed_cost(finite: Sequence[Evaluation], step: int) -> float:
+    """Return the smoothed cost at the step of one of these evaluations. Rule: as for `smoothed`."""
+    steps = tuple([evaluation.step for evaluation in finite])
+    at = steps.index(step)
+    window = _windows(steps)[at]
+    costs = [float(evaluation.cost) for evaluation in finite]
+    return costs[at] if window is None else window.value(np.array(costs, dtype=np.float64))
 
 
 def smoothed_costs(finite: Sequence[Evaluation]) -> list[float]:
     """Return the smoothed costs of evaluations with usable ones. Rule: as for `smoothed`."""
     costs = [float(evaluation.cost) for evaluation in finite]
-    windows = _windows(tuple(evaluation.step for evaluation in finite))
+    windows = _windows(tuple([evaluation.step for evaluation in finite]))
     if not any(windows):
         return costs
     losses = np.array(costs, dtype=np.float64)
@@ -134,7 +136,7 @@ def paired_standard_error(one: Evaluation, other: Evaluation) -> float | None:
 
 
 def largest_differences(evaluations: Sequence[Evaluation], place: int) -> list[float]:
-    """Bounds, of all evaluations at once, above which a difference to the one there exceeds its standard error.
+    """Bounds, of all evaluations, above which a difference to the one at `place` exceeds its standard error.
 
     Infinite where the paired standard error is not known. Rule: this project's decision, "settled_step".
     """
@@ -149,7 +151,7 @@ def largest_differences(evaluations: Sequence[Evaluation], place: int) -> list[f
     losses = _example_losses(evaluations)
     differences = losses - losses[place]
     residuals = differences - (np.add.reduce(differences, axis=1) / total)[:, None] * tokens
-    variances = np.einsum("ij,ij->i", residuals, residuals) * (len(tokens) / (len(tokens) - 1) / total**2)
+    variances = np.vecdot(residuals, residuals) * (len(tokens) / (len(tokens) - 1) / total**2)
     # A little more than the error itself, whose last digits depend on the order of the sums.
     bounds = (1 + 1e-6) * np.sqrt(variances)
     return [bound if math.isfinite(bound) else math.inf for bound in bounds.tolist()]

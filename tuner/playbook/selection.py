@@ -77,9 +77,13 @@ class LeadingTrial:
 
     trial: Trial
     best: Evaluation
-    settled_step: int
     fraction: float
     """best.step / max_train_steps."""
+
+    @property
+    def settled_step(self) -> int:
+        """Return the trial's `settled_step`."""
+        return settled_step(self.trial.evaluations) or 0
 
 
 def ranked(trials: Iterable[Trial]) -> tuple[tuple[Trial, Evaluation], ...]:
@@ -160,19 +164,18 @@ def beats_the_base(trial: Trial) -> bool:
     evaluation stands for it; if no standard error is known, any better step counts. Rule: this project's
     decision, "Leading trials".
     """
-    best = best_evaluation(trial.evaluations)
-    if best is None:
+    finite = measured(trial.evaluations)
+    base, best = base_or_first(finite), best_evaluation(finite)
+    if base is None or best is None:
         return False
-    base = base_or_first(trial.evaluations)
-    is_alone = len(measured(trial.evaluations)) == 1 and best.step > 0
-    if base is None or is_alone:
+    if len(finite) == 1 and best.step > 0:
         return True
-    error = difference_error(trial.evaluations, base, best) or 0.0
-    later = [e.cost for e in measured(trial.evaluations) if e.step > 0]
+    error = difference_error(finite, base, best) or 0.0
+    later = [e.cost for e in finite if e.step > 0]
     luck = significant_among(len(later)) * min(error, _mean_change(later, default=error))
     if best.step == base.step or base.cost - best.cost <= max(SIGNIFICANT * error, luck):
         return False
-    return base.cost - smoothed_cost(trial.evaluations, best.step) > SIGNIFICANT * error
+    return base.cost - smoothed_cost(finite, best.step) > SIGNIFICANT * error
 
 
 def _mean_change(losses: Sequence[float], *, default: float) -> float:
@@ -238,7 +241,7 @@ def best_whether_or_not_they_learned(by_curve: ByCurve, max_train_steps: int) ->
 def _leading(trials: Iterable[Trial], by_curve: ByCurve, max_train_steps: int) -> tuple[LeadingTrial, ...]:
     best_of = {trial.number: best for trial, best in by_curve}
     return tuple(
-        LeadingTrial(trial, best, settled_step(trial.evaluations) or 0, best.step / max_train_steps)
+        LeadingTrial(trial, best, best.step / max_train_steps)
         for trial in trials
         for best in [best_of[trial.number]]
     )
