@@ -135,21 +135,22 @@ def paired_standard_error(one: Evaluation, other: Evaluation) -> float | None:
     return math.sqrt(variance) if math.isfinite(variance) else None
 
 
-def largest_differences(evaluations: Sequence[Evaluation], place: int) -> list[float]:
-    """Bounds, of all evaluations, above which a difference to the one at `place` exceeds its standard error.
+def largest_differences(curves: Sequence[tuple[Sequence[Evaluation], Evaluation]]) -> list[float]:
+    """Bounds above which an evaluation's difference to its curve's best exceeds the standard error.
 
-    Infinite where the paired standard error is not known. Rule: this project's decision, "settled_step".
+    Of all evaluations of all curves; each curve comes with its best one. Infinite where the paired standard
+    error is not known. Rule: this project's decision, "settled_step".
     """
-    other = evaluations[place]
-    if other.objective is not None:
-        return [math.inf] * len(evaluations)
-    tokens, total = _tokens(other.example_tokens)
-    own = other.example_tokens  # held once for a round: mostly the same object
-    is_other = [e for e in evaluations if e.example_tokens is not own and e.example_tokens != own]
-    if len(tokens) < 2 or is_other or total <= 0:
-        return [math.inf] * len(evaluations)
-    losses = _example_losses(evaluations)
-    differences = losses - losses[place]
+    every = [evaluation for curve, _ in curves for evaluation in curve]
+    own = every[0].example_tokens if every else ()  # held once for a round: mostly the same object
+    has_others = any(
+        [e.objective or (e.example_tokens is not own and e.example_tokens != own) for e in every]
+    )
+    tokens, total = _tokens(own)
+    if len(tokens) < 2 or has_others or total <= 0:
+        return [math.inf] * len(every)
+    best = np.repeat(_example_losses([best for _, best in curves]), [len(c) for c, _ in curves], axis=0)
+    differences = _example_losses(every) - best
     residuals = differences - (np.add.reduce(differences, axis=1) / total)[:, None] * tokens
     variances = np.vecdot(residuals, residuals) * (len(tokens) / (len(tokens) - 1) / total**2)
     # A little more than the error itself, whose last digits depend on the order of the sums.

@@ -21,8 +21,8 @@ from tuner.report.round_report import (
     describe,
     have_answered,
     metric_of,
-    trial_cells,
     trial_headers,
+    trial_rows,
 )
 from tuner.whole import written_whole
 
@@ -283,7 +283,7 @@ def _trials(report: RoundReport) -> str:
     names = report.shown_names
     answers, metric = have_answered(report.trials), metric_of(report.trials)
     headers = trial_headers(names, answers=answers, metric=metric)
-    rows = [trial_cells(trial, names, answers=answers, metric=metric) for trial in report.trials]
+    rows = trial_rows(report.trials, names, answers=answers, metric=metric)
     leader = report.ranked[0][0] if report.ranked else None
     styles = ["best" if trial is leader else _style(trial) for trial in report.trials]
     numbers = range(1, len(headers) - NUM_WORDS)

@@ -13,8 +13,8 @@ from tuner.report.round_report import (
     describe,
     have_answered,
     metric_of,
-    trial_cells,
     trial_headers,
+    trial_rows,
 )
 
 
@@ -104,8 +104,8 @@ def _finding(finding: Finding) -> str:
 def _trials(report: RoundReport) -> str:
     names = report.shown_names
     answers, metric = have_answered(report.trials), metric_of(report.trials)
-    cells = (trial_cells(trial, names, answers=answers, metric=metric) for trial in report.trials)
-    return table(trial_headers(names, answers=answers, metric=metric), cells, num_words=NUM_WORDS)
+    rows = trial_rows(report.trials, names, answers=answers, metric=metric)
+    return table(trial_headers(names, answers=answers, metric=metric), rows, num_words=NUM_WORDS)
 
 
 def _throughput(report: RoundReport) -> str:

@@ -11,7 +11,7 @@ from tuner.methods.variants.initialisations import starts_with_zero_b
 from tuner.playbook.horizon import Diagnosis
 from tuner.playbook.reading import Reading
 from tuner.playbook.results import Finding, RoundResults
-from tuner.playbook.selection import best_evaluation, ranked, settled_step
+from tuner.playbook.selection import best_evaluation, ranked, settled_steps
 from tuner.records import (
     Choices,
     Dimension,
@@ -51,19 +51,29 @@ def have_answered(trials: Iterable[Trial]) -> bool:
 
 
 def trial_headers(names: Sequence[str], *, answers: bool, metric: str | None = None) -> tuple[str, ...]:
-    """Return the headers of `trial_cells`."""
+    """Return the headers of `trial_rows`."""
     more = (*((format.ANSWERS_HEADER,) if answers else ()), *((metric,) if metric else ()))
     return ("trial", *names, *more, "best loss", "best step", "settled", "state", "remarks")
 
 
-def trial_cells(
-    trial: Trial, names: Sequence[str], *, answers: bool, metric: str | None = None
-) -> tuple[str, ...]:
-    """Return a row: a trial's number, hyperparameters, result and remarks.
+def trial_rows(
+    trials: Sequence[Trial], names: Sequence[str], *, answers: bool, metric: str | None = None
+) -> list[tuple[str, ...]]:
+    """Return a row for each trial: its number, hyperparameters, result and remarks.
 
     `answers` adds the answer score, `metric` the value of the metric that chose the best step.
     """
-    best, settled = best_evaluation(trial.evaluations), settled_step(trial.evaluations)
+    settled = settled_steps([trial.evaluations for trial in trials])
+    return [
+        _cells(trial, step, names, answers=answers, metric=metric)
+        for trial, step in zip(trials, settled, strict=True)
+    ]
+
+
+def _cells(
+    trial: Trial, settled: int | None, names: Sequence[str], *, answers: bool, metric: str | None
+) -> tuple[str, ...]:
+    best = best_evaluation(trial.evaluations)
     continues = f"continues {trial.continues}" if trial.continues else None
     return (
         str(trial.number),

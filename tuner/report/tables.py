@@ -21,8 +21,8 @@ from tuner.report.round_report import (
     best_first,
     have_answered,
     metric_of,
-    trial_cells,
     trial_headers,
+    trial_rows,
 )
 from tuner.report.terminal import Column, FittedTable, column
 
@@ -112,7 +112,7 @@ def trials_table(trials: Sequence[Trial], *, names: Sequence[str] | None = None)
     rows = [trial for own in order for trial in own]
     leaders = [own[0] for own in order if own[0].state is TrialState.COMPLETE]
     answers, metric = have_answered(rows), metric_of(rows)
-    cells = [trial_cells(trial, shown, answers=answers, metric=metric) for trial in rows]
+    cells = trial_rows(rows, shown, answers=answers, metric=metric)
     headers = trial_headers(shown, answers=answers, metric=metric)
     # Name and state have separate cells; take only their headers.
     columns = [

@@ -299,7 +299,7 @@ def _ask_trial(to: Recorder, fact: TrialAsked) -> None:
     to.insert(TRIALS, values, replacing=["optuna_trial"])
     known = to.first(TRIALS, round=trial.round, number=trial.number)
     assert known is not None
-    fact.refuse_other(asked_trial(known).asked)
+    fact.refuse_other(asked_trial(known, known.hyperparameters).asked)
 
 
 @_writes(TrialNoted)
@@ -315,10 +315,10 @@ def _end_trial(to: Recorder, fact: TrialEnded) -> None:
         raise fact.not_recorded()
 
 
-def asked_trial(row: Any) -> TrialFacts:
-    """Return what the row of a trial records."""
+def asked_trial(row: Any, hyperparameters: Mapping[str, Any]) -> TrialFacts:
+    """Return what the row of a trial records, with its hyperparameters as JSON has them."""
     # By place, here and below: a column by its name takes longer than the rest of reading a row.
-    _, name, number, hyperparameters, continues, optuna_trial, state, reason, note, _ = row
+    _, name, number, _, continues, optuna_trial, state, reason, note, _ = row
     return TrialFacts(
         Trial(
             name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import sqlite3
 import threading
 from collections.abc import Collection, Iterator, Sequence
@@ -62,6 +63,7 @@ _READ_AS_KEPT = {
         "objective",
     ),
     ATTEMPTS: ("environment",),
+    TRIALS: ("hyperparameters",),
 }
 """Columns of long tables whose readers convert the values themselves: one call for each would take longer."""
 
@@ -258,9 +260,10 @@ class SqlStore:
         of: dict[str, Any] = {} if numbers is None else {"trial": numbers}
         unread = () if examples else _OF_EXAMPLES
         with explained(self._url), reading(self._engine) as connection, _uncollected():
-            rows = connection.execute(self._select(TRIALS, TRIALS.c.number, round=round, **asked))
-            found = map(asked_trial, rows)
-            known = {facts.asked.number: facts for facts in found}
+            trials = connection.execute(self._select(TRIALS, TRIALS.c.number, round=round, **asked)).all()
+            # In one document: to parse them one by one takes twice as long.
+            values = json.loads(f"[{','.join(row.hyperparameters for row in trials)}]")
+            known = {row.number: asked_trial(row, own) for row, own in zip(trials, values, strict=True)}
             for table, read in TRIAL_ROWS.items():
                 omitted = _KNOWN if table is EVALUATIONS else ()
                 place = table.columns.keys().index("trial") - len(omitted)
