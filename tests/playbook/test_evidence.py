@@ -12,6 +12,7 @@ from tuner.playbook.evidence import evidence, examples_to_settle, trials_to_sett
 from tuner.playbook.gain import Gain, GainSource
 from tuner.playbook.horizon import Signs, diagnose, suggest
 from tuner.playbook.selection import LeadingTrial
+from tuner.records import Evaluation
 
 EARLIER = Gain(0.03, 0.0, GainSource.EARLIER_ROUND, trial=0, from_steps=50, to_steps=100)
 
@@ -126,7 +127,13 @@ def test_best_steps_are_summed_up(best_steps, expected):
 
 def test_an_earlier_settled_step_is_named():
     signs = seen((100,) * 5)
-    leading = (replace(signs.leading[0], settled_step=80), *signs.leading[1:])
+    losses = {60: (20.0, 20.0), 80: (12.0, 9.0), 100: (10.0, 10.0)}
+    evaluations = tuple(
+        Evaluation(step, sum(nll) / 20, example_nll=nll, example_tokens=(10, 10))
+        for step, nll in losses.items()
+    )
+    first = signs.leading[0]
+    leading = (replace(first, trial=replace(first.trial, evaluations=evaluations)), *signs.leading[1:])
     said_first = said(replace(signs, leading=leading))[0]
     assert said_first.endswith(", and was within one standard error of that from step 80 on.")
 

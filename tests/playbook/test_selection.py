@@ -1,4 +1,5 @@
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,8 @@ from hypothesis import strategies as st
 from tests.playbook.strategies import curves, losses
 from tuner.playbook import best_evaluation, settled_step
 from tuner.playbook.noise import paired_standard_error, significant_among
-from tuner.playbook.selection import beats_the_base, leading_trials, ranked
-from tuner.records import Evaluation, Trial, TrialState
+from tuner.playbook.selection import beats_the_base, distinct, leading_trials, ranked, settled_steps
+from tuner.records import Evaluation, Objective, Trial, TrialState
 
 GRID = tuple(range(0, 101, 10))
 
@@ -60,6 +61,22 @@ def test_settled_is_the_first_within_one_paired_standard_error():
     )
     assert [round(e.eval_loss, 3) for e in evaluations] == [2.0, 1.3, 1.1, 1.0]
     assert settled_step(evaluations) == 10
+
+
+def test_many_settled_steps_at_once_are_those_of_each():
+    draw = random.Random(0)
+
+    def drawn(tokens: int, objective: Objective | None) -> tuple[Evaluation, ...]:
+        falling = [(step, [draw.gauss(30 - step / 10, 2.0) for _ in range(8)]) for step in GRID]
+        losses = (replace(paired(step, *nll), example_tokens=(tokens,) * 8) for step, nll in falling)
+        return tuple(replace(e, metrics={"kept": e.eval_loss}, objective=objective) for e in losses)
+
+    alike = [drawn(10, None) for _ in range(100)]
+    mixed = [(), curve(3, 2, 1, 1.5), drawn(20, None), curve(math.nan), drawn(10, Objective("kept")), *alike]
+    for curves_ in (alike, mixed):
+        steps = settled_steps(curves_)
+        assert steps == [settled_step(one) for one in curves_] == settled_steps(curves_[::-1])[::-1]
+    assert len(set(steps)) > 4
 
 
 def test_settled_without_examples_uses_the_spread_of_the_curve():
@@ -173,3 +190,13 @@ def test_ranking_does_not_depend_on_the_order(values, random):
     trials = [trial(i, value) for i, value in enumerate(values)]
     shuffled = random.sample(trials, len(trials))
     assert ranked(trials) == ranked(shuffled)
+
+
+def test_the_order_of_hyperparameters_makes_no_other_configuration():
+    values = {"learning_rate": 1.0, "lora_r": 2}
+    copies = [
+        Trial("round1", number, dict(own))
+        for number, own in enumerate((values.items(), [*values.items()][::-1]))
+    ]
+    other = Trial("round1", 2, {"learning_rate": 2, "lora_r": 1})
+    assert [trial.number for trial in distinct([*copies, other])] == [0, 2]

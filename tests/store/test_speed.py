@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from pathlib import Path
@@ -51,3 +52,15 @@ def test_ten_thousand_evaluations_of_two_hundred_examples(tmp_path: Path) -> Non
     assert trials[-1].evaluations[0] == made
     assert seconds < 3
     assert (tmp_path / "tuner.db").stat().st_size < 60e6
+
+
+def test_the_next_garbage_collection_does_not_scan_what_was_read(tmp_path: Path) -> None:
+    store = open_store(f"sqlite:///{tmp_path}/tuner.db", study="study")
+    store.record(RoundBegun(RoundRecord("round1", 100, {}, 0.0)))
+    store.record(TrialAsked(Trial("round1", 0, {"lora_r": 8})))
+    (trial,) = store.trials("round1")
+    store.close()
+    young = [*gc.get_objects(generation=0), *gc.get_objects(generation=1)]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+    assert not any(each is trial for each in young)

@@ -143,9 +143,7 @@ def largest_differences(curves: Sequence[tuple[Sequence[Evaluation], Evaluation]
     """
     every = [evaluation for curve, _ in curves for evaluation in curve]
     own = every[0].example_tokens if every else ()  # held once for a round: mostly the same object
-    has_others = any(
-        [e.objective or (e.example_tokens is not own and e.example_tokens != own) for e in every]
-    )
+    has_others = any(e.objective or (e.example_tokens is not own and e.example_tokens != own) for e in every)
     tokens, total = _tokens(own)
     if len(tokens) < 2 or has_others or total <= 0:
         return [math.inf] * len(every)
