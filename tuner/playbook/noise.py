@@ -30,7 +30,7 @@ def smoothed(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
 
 def smoothed_cost(finite: Sequence[Evaluation], step: int) -> float:
     """Return the smoothed cost at the step of one of these evaluations. Rule: as for `smoothed`."""
-    steps = tuple([evaluation.step for evaluation in finite])
+    steps = tuple(evaluation.step for evaluation in finite)
     at = steps.index(step)
     window = _windows(steps)[at]
     costs = [float(evaluation.cost) for evaluation in finite]
@@ -40,7 +40,7 @@ def smoothed_cost(finite: Sequence[Evaluation], step: int) -> float:
 def smoothed_costs(finite: Sequence[Evaluation]) -> list[float]:
     """Return the smoothed costs of evaluations with usable ones. Rule: as for `smoothed`."""
     costs = [float(evaluation.cost) for evaluation in finite]
-    windows = _windows(tuple([evaluation.step for evaluation in finite]))
+    windows = _windows(tuple(evaluation.step for evaluation in finite))
     if not any(windows):
         return costs
     losses = np.array(costs, dtype=np.float64)
@@ -150,7 +150,7 @@ def largest_differences(curves: Sequence[tuple[Sequence[Evaluation], Evaluation]
     best = np.repeat(_example_losses([best for _, best in curves]), [len(c) for c, _ in curves], axis=0)
     differences = _example_losses(every) - best
     residuals = differences - (np.add.reduce(differences, axis=1) / total)[:, None] * tokens
-    variances = np.vecdot(residuals, residuals) * (len(tokens) / (len(tokens) - 1) / total**2)
+    variances = np.einsum("ij,ij->i", residuals, residuals) * (len(tokens) / (len(tokens) - 1) / total**2)
     # A little more than the error itself, whose last digits depend on the order of the sums.
     bounds = (1 + 1e-6) * np.sqrt(variances)
     return [bound if math.isfinite(bound) else math.inf for bound in bounds.tolist()]
