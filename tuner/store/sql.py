@@ -332,8 +332,9 @@ def _uncollected() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
-            gc.freeze()
-            gc.unfreeze()
+            if not gc.get_freeze_count():  # whoever has frozen objects keeps them so
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 
