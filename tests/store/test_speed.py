@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -55,12 +56,15 @@ def test_ten_thousand_evaluations_of_two_hundred_examples(tmp_path: Path) -> Non
 
 
 def test_the_next_garbage_collection_does_not_scan_what_was_read(tmp_path: Path) -> None:
-    store = open_store(f"sqlite:///{tmp_path}/tuner.db", study="study")
-    store.record(RoundBegun(RoundRecord("round1", 100, {}, 0.0)))
-    store.record(TrialAsked(Trial("round1", 0, {"lora_r": 8})))
-    (trial,) = store.trials("round1")
-    store.close()
-    young = [*gc.get_objects(generation=0), *gc.get_objects(generation=1)]
-    assert gc.isenabled()
-    assert gc.get_freeze_count() == 0
-    assert not any(each is trial for each in young)
+    with closing(open_store(f"sqlite:///{tmp_path}/tuner.db", study="study")) as store:
+        store.record(RoundBegun(RoundRecord("round1", 100, {}, 0.0)))
+        store.record(TrialAsked(Trial("round1", 0, {"lora_r": 8})))
+        gc.unfreeze()  # what the tests froze
+        (trial,) = store.trials("round1")
+        young = [*gc.get_objects(generation=0), *gc.get_objects(generation=1)]
+        assert gc.isenabled()
+        assert gc.get_freeze_count() == 0
+        assert not any(each is trial for each in young)
+        gc.freeze()
+        store.trials("round1")
+        assert gc.get_freeze_count() > 0, "what somebody froze stays so"
