@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 
 from tests import studies
 from tuner.commands.finished import read_runs
-from tuner.errors import InputError
+from tuner.errors import InputError, StudyTaken
 from tuner.records import LOSS, Direction, Objective
 from tuner.store import hold_study
 from tuner.study.imported import Said, import_runs
@@ -160,6 +161,57 @@ def test_an_import_that_is_killed_can_be_made_again(tmp_path: Path, monkeypatch:
     assert not unfinished.exists()
     assert [path.name for path in unfinished.parent.iterdir()] == ["imported"]
     assert (unfinished.parent / "imported" / "trial-0000" / "best" / "adapter_config.json").is_file()
+
+
+def test_of_two_imports_at_once_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer_folder(tmp_path / "run", 0.001)
+    directory, runs = tmp_path / "study", read_runs([tmp_path / "run"], LOSS)
+
+    def imported() -> None:
+        import_runs(directory, runs, Said(), clock=lambda: 1e9)
+
+    with monkeypatch.context() as waiting:
+
+        def while_the_other_ends(*arguments: Any) -> Any:
+            waiting.undo()
+            imported()
+            return hold_study(*arguments)
+
+        waiting.setattr("tuner.study.imported.hold_study", while_the_other_ends)
+        with pytest.raises(InputError, match=r"exists; name another round"):
+            imported()
+    files = ("imported.yaml", "tuner.db", "runs/imported/trial-0000/best/adapter_config.json")
+    assert all((directory / name).is_file() for name in files)
+
+
+def test_while_another_import_runs_nothing_of_it_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer_folder(tmp_path / "run", 0.001)
+    mine = tmp_path / "study" / "runs" / "imported" / "adapter"
+
+    def taken(*_: Any) -> None:
+        mine.parent.mkdir(parents=True)
+        mine.touch()
+        raise StudyTaken("another process runs it")
+
+    monkeypatch.setattr("tuner.study.imported.hold_study", taken)
+    with pytest.raises(StudyTaken):
+        import_runs(tmp_path / "study", read_runs([tmp_path / "run"], LOSS), Said(), clock=lambda: 1e9)
+    assert mine.exists()
+
+
+def test_a_round_that_was_imported_before_is_refused_when_its_files_are_gone(tmp_path: Path) -> None:
+    for name in ("run", "other"):
+        trainer_folder(tmp_path / name, 0.001)
+    directory = tmp_path / "study"
+    import_runs(directory, read_runs([tmp_path / "run"], LOSS), Said(), clock=lambda: 1e9)
+    shutil.rmtree(directory / "runs")
+    (directory / "imported.yaml").unlink()
+    with pytest.raises(InputError, match="database has a round of this name"):
+        import_runs(directory, read_runs([tmp_path / "other"], LOSS), Said(), clock=lambda: 1e9)
+    assert not (directory / "imported.yaml").exists()
+    assert not (directory / "runs").exists()
 
 
 def test_eight_runs_of_trl_that_no_one_prepared(tmp_path: Path) -> None:

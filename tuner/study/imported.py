@@ -7,7 +7,7 @@ import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -52,7 +52,7 @@ from tuner.records import (
     to_json,
 )
 from tuner.report.format import count
-from tuner.store import hold_study, open_store
+from tuner.store import exists, hold_study, open_store
 from tuner.study.disk import taken_back
 from tuner.study.plan import RoundPlan
 from tuner.whole import forget_unpublished, lead, published, written_whole
@@ -104,13 +104,11 @@ def import_runs(
     remarks += _rate_remark([run for run, _ in renamed], said)
     taken = [run for run, _ in renamed]
     path = directory / f"{said.round}.yaml"
-    if path.exists():
-        raise InputError(f"{path}: exists; name another round with --round")
+    _refuse_existing(path)
     file = read_round(_text(directory, taken, said, horizon), path)
     plan = RoundPlan(file)
-    if plan.checkpoints.exists():
-        raise InputError(f"{plan.checkpoints}: exists; name another round with --round")
-    with taken_back(directory, plan.checkpoints), _held(plan) as undo:
+    _refuse_existing(plan.checkpoints)
+    with _held(plan), taken_back(plan.checkpoints), ExitStack() as undo:
         undo.callback(shutil.rmtree, plan.checkpoints, ignore_errors=True)
         undo.callback(path.unlink, missing_ok=True)
         facts, notes = _written(plan, taken, horizon, clock)
@@ -121,17 +119,47 @@ def import_runs(
     return Imported(path, tuple(run.name for run in taken), tuple(remarks), tuple(unknown_of(file)))
 
 
+def _refuse_existing(place: Path) -> None:
+    if place.exists():
+        raise InputError(f"{place}: exists; name another round with --round")
+
+
+def _refuse_recorded(plan: RoundPlan) -> None:
+    """Raise InputError for a round with facts, whose file may be gone: those of the new runs would not count."""
+    storage, study = plan.absolute.storage, plan.spec.study
+    if not exists(storage):
+        return
+    with closing(open_store(storage, study=study)) as store:
+        if store.round(plan.name) is not None:
+            raise InputError(
+                f"{plan.name}: the study's database has a round of this name, though its file is gone; name "
+                "another round with --round"
+            )
+
+
 @contextmanager
-def _held(plan: RoundPlan) -> Iterator[ExitStack]:
-    """Hold the study, without what an import that was killed has left; a failed block is undone."""
+def _held(plan: RoundPlan) -> Iterator[None]:
+    """Hold the study, without what an import that was killed has left; delete its folder if it stays empty.
+
+    Another import may have ended since there was no such round, so that this is asked again.
+    """
     directory = plan.file.directory
+    missing = [place for place in (directory, *directory.parents) if not place.exists()]
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{directory}: the runs cannot be copied there: {error}") from error
-    with hold_study(directory, plan.absolute.storage, plan.spec.study), ExitStack() as undo:
-        forget_unpublished(plan.checkpoints)
-        yield undo
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{directory}: the runs cannot be copied there: {error}") from error
+        with hold_study(directory, plan.absolute.storage, plan.spec.study):
+            _refuse_existing(plan.file.path)
+            _refuse_existing(plan.checkpoints)
+            _refuse_recorded(plan)
+            forget_unpublished(plan.checkpoints)
+            yield
+    finally:
+        for place in missing:
+            with suppress(OSError):  # it is not empty
+                place.rmdir()
 
 
 def _written(
