@@ -268,6 +268,62 @@ def test_one_that_sigkill_does_not_end_is_left_and_replaced(
     made[1]._ends.set()
 
 
+def test_one_that_was_left_and_ends_keeps_the_record_of_its_successor(tmp_path: Path) -> None:
+    left, successor = (LocalProcess(["-c", "input()"], log=tmp_path / "worker.log") for _ in range(2))
+    for process in (left, successor):
+        process.kill()
+        assert (tmp_path / "worker.pid").exists()
+        process.wait()
+    assert not (tmp_path / "worker.pid").exists()
+
+
+class Hanging(Unending):
+    """A process that says its death, and then hangs in the driver of its GPU."""
+
+    def __init__(self, *, ends_when_killed: bool) -> None:
+        super().__init__(allowed_seconds=3600.0)
+        self._lines = ('{"event": "died", "reason": "CUDA error"}',)
+        self._ends_when_killed = ends_when_killed
+
+    def kill(self) -> None:
+        if self._ends_when_killed:
+            self._ends.set()
+
+
+@pytest.mark.parametrize("ends_when_killed", [True, False])
+def test_one_that_says_its_death_and_hangs_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, *, ends_when_killed: bool
+) -> None:
+    monkeypatch.setattr("tuner.engines.program._EXITS_WITHIN_SECONDS", 0.1)
+    monkeypatch.setattr("tuner.engines.program._ENDS_WITHIN_SECONDS", 0.1)
+    process = Hanging(ends_when_killed=ends_when_killed)
+    worker = ProgramWorker(Program((), dict), lambda: process)
+    asked = threading.Thread(target=lambda: died(worker, 10.0), daemon=True)
+    asked.start()
+    asked.join(5.0)
+    assert not asked.is_alive()
+    assert worker.process is None
+    assert worker.events(0.0) == []
+    assert ("Xid 79" in caplog.text) is not ends_when_killed
+    process._ends.set()
+
+
+def test_a_process_that_ends_as_it_is_left_dies_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tuner.engines.program._ENDS_WITHIN_SECONDS", 0.05)
+    process = Unending(allowed_seconds=0.05)
+    worker = ProgramWorker(Program((), dict), lambda: process)
+
+    def ends_meanwhile() -> str:
+        process._ends.set()
+        if threading.current_thread() is not worker._reader:
+            time.sleep(0.2)  # the reader says it first
+        return ""
+
+    monkeypatch.setattr(process, "last_words", ends_meanwhile)
+    said = [event for _ in range(10) for event in worker.events(0.05)]
+    assert [type(event) for event in said].count(Died) == 1
+
+
 def test_closing_does_not_wait_for_one_that_hangs(tmp_path: Path) -> None:
     worker = launched(tmp_path, PROGRAM + "time.sleep(600)\n")
     assert isinstance(worker.events(120.0)[0], Ready)

@@ -21,6 +21,7 @@ from tuner.engines.processes import (
     end_left_over,
     end_with_token,
     forget_ended,
+    forget_worker,
     new_token,
     record_worker,
     recorded_workers,
@@ -240,7 +241,7 @@ class LocalProcess:
             code = self.popen.wait(timeout_seconds)
         except subprocess.TimeoutExpired as error:
             raise TimeoutError(str(error)) from error
-        self._record.unlink(missing_ok=True)
+        forget_worker(self._record, self.popen.pid)
         if self.popen.stdin is not None:
             # The reader waits for the end, too: two that close at once free a command's bytes twice.
             with self._closing, suppress(BrokenPipeError):  # a command was left unread

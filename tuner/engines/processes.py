@@ -128,6 +128,13 @@ def record_worker(path: Path, pid: int, token: str | None = None) -> None:
             unnamed.write_text(json.dumps(asdict(RecordedWorker(worker, parent, token))))
 
 
+def forget_worker(path: Path, pid: int) -> None:
+    """Remove the record of a worker that has ended, unless it is by now another worker's."""
+    found = recorded_workers(path.parent).get(path)
+    if found is None or found.worker.pid == pid:
+        path.unlink(missing_ok=True)
+
+
 def recorded_workers(directory: Path) -> dict[Path, RecordedWorker]:
     """Return the workers recorded in a directory, by file; files that cannot be read are no record."""
     found = {}

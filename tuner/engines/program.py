@@ -71,6 +71,9 @@ _RESTS_WITHIN_SECONDS = 60.0
 _ENDS_WITHIN_SECONDS = 30.0
 """After SIGKILL. A process that waits for a device or a disk does not end, and is left to the system."""
 
+_EXITS_WITHIN_SECONDS = 60.0
+"""After it has said that it dies. One that the driver of its GPU keeps is killed then."""
+
 _RUNNING: set[Process] = set()
 
 
@@ -166,6 +169,9 @@ class ProgramWorker:
         self._why_killed: str | None = None
         """Why the current process was killed, if it hung."""
         self._killed_at: float | None = None
+        self._dead: set[Process] = set()
+        """Those whose death has been said: a second one would be taken for a successor's."""
+        self._saying = threading.Lock()
         self._left: dict[Process, str] = {}
         """Processes that were killed and did not end, with what to say: nobody waits for them, or listens."""
         self.process: Process | None = None
@@ -270,12 +276,15 @@ class ProgramWorker:
                 self._why_killed = why
                 self.kill()
         elif (waited := time.monotonic() - self._killed_at) > _ENDS_WITHIN_SECONDS:
-            self._left[self.process] = reason = (
-                f"{self._why_killed or 'the worker was killed'}. It has not ended {waited:.0f} s later: "
-                "it waits for a GPU or a disk that hangs (state D in `ps`), which may need a restart of the "
-                f"machine; {self.process.last_words()}"
-            )
-            self._said.put(Died(reason))
+            self._leave(self.process, self._why_killed or "the worker was killed", waited)
+
+    def _leave(self, process: Process, why: str, waited: float) -> None:
+        """Wait no longer for a process that was killed, and say why."""
+        self._left[process] = reason = (
+            f"{why}. It has not ended {waited:.0f} s later: it waits for a GPU or a disk that hangs (state D "
+            f"in `ps`), which may need a restart of the machine; {process.last_words()}"
+        )
+        self._say_died(process, Died(reason))
 
     def _noted(self, event: Event) -> Event:
         """Update the slots from an event; add the lost trials to a death."""
@@ -304,33 +313,44 @@ class ProgramWorker:
         self.process.write(json.dumps(document) + "\n")
 
     def _read(self, process: Process) -> None:
-        """Pass on what a process says, up to its death: a second one would be taken for its successor's."""
-        said_died = False
+        """Pass on what a process says, up to its death."""
         try:
             for event in _events_of(process):
-                if not said_died and process not in self._left:
+                if process not in self._dead:
                     self._silence.heard(event)
-                    self._said.put(event)
-                said_died = said_died or isinstance(event, Died)
+                    if isinstance(event, Died):
+                        self._say_died(process, event)
+                    else:
+                        self._said.put(event)
             code = process.wait()
-            if code != 0 and not said_died and process not in self._left:
+            if code != 0 and process not in self._dead:
                 why = self._why_killed or f"the worker ended with {exit_words(code)}"
-                self._said.put(Died(f"{why}; {process.last_words()}"))
+                self._say_died(process, Died(f"{why}; {process.last_words()}"))
         except Exception as error:  # noqa: BLE001  nobody else would ever say that the worker has ended
             process.kill()
-            if not said_died and process not in self._left:
-                self._said.put(Died(f"reading the worker's events failed: {last_words(error)}"))
+            self._say_died(process, Died(f"reading the worker's events failed: {last_words(error)}"))
+
+    def _say_died(self, process: Process, death: Died) -> None:
+        """Say a process's death, unless the reader, or who waits for it, has said it at the same moment."""
+        with self._saying:
+            if process not in self._dead:
+                self._dead.add(process)
+                self._said.put(death)
 
     def _forget(self) -> None:
+        """Wait for the end of a process that has said its death, so that its GPU is free for another one."""
         self._rests = False
         process, self.process = self.process, None
-        if process is not None:
-            _RUNNING.discard(process)
-            if process in self._left:
-                return
-            process.wait()
-            if self._reader is not None:
-                self._reader.join()
+        if process is None:
+            return
+        if process not in self._left and not _has_ended(process, _EXITS_WITHIN_SECONDS):
+            process.kill()
+            if not _has_ended(process, _ENDS_WITHIN_SECONDS):
+                self._leave(process, "the worker was killed", _ENDS_WITHIN_SECONDS)
+                _log.warning("%s", self._left[process])
+        _RUNNING.discard(process)
+        if process not in self._left and self._reader is not None:
+            self._reader.join()
 
 
 def _events_of(process: Process) -> Iterator[Event]:

@@ -125,7 +125,7 @@ def _refuse_existing(place: Path) -> None:
 
 
 def _refuse_recorded(plan: RoundPlan) -> None:
-    """Raise InputError for a round with facts, whose file may be gone: those of the new runs would not count."""
+    """Raise InputError for a round with facts: those of the new runs would not count."""
     storage, study = plan.absolute.storage, plan.spec.study
     if not exists(storage):
         return
