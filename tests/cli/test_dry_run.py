@@ -195,6 +195,12 @@ def test_a_dry_run_keeps_its_file_and_what_else_is_in_its_folder(
         raise InputError("refused")
     assert copy.exists(), "its round has begun"
     (study / "dry-run" / "tuner.db").unlink()
+    written = copy.read_text()
+    copy.write_text(f"{written}# mine\n")
+    with pytest.raises(InputError), forgotten_if_refused(load_round(copy)):
+        raise InputError("refused")
+    assert copy.exists(), "the user has changed it"
+    copy.write_text(written)
     with pytest.raises(InputError), forgotten_if_refused(load_round(copy)):
         raise InputError("refused")
     assert [path.name for path in (study / "dry-run").iterdir()] == ["runs"]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tuner.config import RoundFile, edit_round, read_round
+from tuner.config import RoundFile, edit_round, load_round, read_round
 from tuner.errors import InputError, RoundFileError
 from tuner.study.folder import dry_run_folder, is_dry_run
 from tuner.study.plan import RoundPlan
@@ -28,7 +28,7 @@ def dry_run_file(file: RoundFile) -> RoundFile:
     if is_dry_run(file):
         return file
     path = dry_run_folder(file.directory) / file.path.name
-    text = edit_round(file.text, _changes(file), {"run.engine": "a dry run: nothing is trained"})
+    text = _text(file)
     copy = read_round(text, path)
     try:
         refuse_changed_file(RoundPlan(copy))
@@ -47,16 +47,30 @@ def dry_run_file(file: RoundFile) -> RoundFile:
 
 @contextmanager
 def forgotten_if_refused(file: RoundFile) -> Iterator[None]:
-    """Delete the copy of a dry run that has no database yet, and its folder, if the block refuses it."""
+    """Delete the copy of a dry run that has no database yet, and its folder, if the block refuses it.
+
+    A copy that the user has changed stays.
+    """
     try:
         yield
     except InputError:
-        is_copy = is_dry_run(file) and (file.directory.parent / file.path.name).exists()
-        if is_copy and not (file.directory / _DATABASE).exists():
+        if is_dry_run(file) and not (file.directory / _DATABASE).exists() and _is_copy(file):
             file.path.unlink(missing_ok=True)
             if not any(file.directory.iterdir()):
                 file.directory.rmdir()
         raise
+
+
+def _is_copy(file: RoundFile) -> bool:
+    """Return whether a file of a dry run is as `dry_run_file` would write it now."""
+    try:
+        return file.text == _text(load_round(file.directory.parent / file.path.name))
+    except InputError:  # there is none, or it is another one by now
+        return False
+
+
+def _text(file: RoundFile) -> str:
+    return edit_round(file.text, _changes(file), {"run.engine": "a dry run: nothing is trained"})
 
 
 def _changes(file: RoundFile) -> dict[str, Any]:
