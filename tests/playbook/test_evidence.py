@@ -11,8 +11,9 @@ from tuner.playbook.curves import LateDrop
 from tuner.playbook.evidence import evidence, examples_to_settle, trials_to_settle
 from tuner.playbook.gain import Gain, GainSource
 from tuner.playbook.horizon import Signs, diagnose, suggest
+from tuner.playbook.noise import Scale
 from tuner.playbook.selection import LeadingTrial
-from tuner.records import Evaluation
+from tuner.records import Direction, Evaluation, Objective
 
 EARLIER = Gain(0.03, 0.0, GainSource.EARLIER_ROUND, trial=0, from_steps=50, to_steps=100)
 
@@ -176,6 +177,8 @@ def test_a_small_learning_rate_at_the_end_is_no_evidence_that_a_trial_was_done()
         "quarter of its summed learning rate, the best trial's loss fell by 6%. A longer run would show "
         "whether it has converged."
     )
+    metric = replace(slowed, objective=Objective("m", Direction.MAXIMIZE), scale=Scale(0.3))
+    assert "trial's m rose by 6% of what the best trial gained over the base model. A longer" in said(metric)[2]
     assert diagnose(replace(slowed, late_by_rate=LateDrop(0.03, 0.0))) == Diagnosis.RIGHT
     assert diagnose(replace(slowed, late_by_rate=None)) != Diagnosis.RIGHT
 

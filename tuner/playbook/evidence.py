@@ -250,8 +250,8 @@ def _what_would_settle(seen: Signs) -> str:
         return (
             f"The last quarter of the steps {_change(max(0.0, seen.late.relative), seen)}, but at a small "
             f"learning rate: over the last quarter of its summed learning rate, the best trial's {noun} "
-            f"{'fell' if is_cost else 'rose'} by {percent(seen.late_by_rate.relative)}. A longer run would "
-            "show whether it has converged."
+            f"{'fell' if is_cost else 'rose'} by {percent(seen.late_by_rate.relative)}{_relative_to(seen)}. "
+            "A longer run would show whether it has converged."
         )
     missing = trials_to_settle(seen)
     falls, falling = ("falls", "falling") if is_cost else ("rises", "rising")
