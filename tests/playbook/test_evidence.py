@@ -178,7 +178,9 @@ def test_a_small_learning_rate_at_the_end_is_no_evidence_that_a_trial_was_done()
         "whether it has converged."
     )
     metric = replace(slowed, objective=Objective("m", Direction.MAXIMIZE), scale=Scale(0.3))
-    assert "trial's m rose by 6% of what the best trial gained over the base model. A longer" in said(metric)[2]
+    assert (
+        "trial's m rose by 6% of what the best trial gained over the base model. A longer" in said(metric)[2]
+    )
     assert diagnose(replace(slowed, late_by_rate=LateDrop(0.03, 0.0))) == Diagnosis.RIGHT
     assert diagnose(replace(slowed, late_by_rate=None)) != Diagnosis.RIGHT
 
