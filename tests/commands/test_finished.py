@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 
 from tests import studies
 from tuner.commands.finished import read_runs
-from tuner.errors import InputError, StudyTaken
+from tuner.errors import InputError, StorageError, StudyTaken
 from tuner.records import LOSS, Direction, Objective
-from tuner.store import hold_study
+from tuner.store import hold_study, open_store
 from tuner.study.imported import Said, import_runs
 
 RECORDED = Path(__file__).parent / "finished_runs"
@@ -118,7 +118,7 @@ def test_a_folder_of_eight_runs_becomes_a_round_and_is_only_read(tmp_path: Path)
     assert "write the command that trains a trial" in refused
 
 
-@pytest.mark.parametrize("failure", ["disk", "lock"])
+@pytest.mark.parametrize("failure", ["disk", "database", "lock"])
 def test_an_import_that_fails_leaves_nothing(
     tmp_path: Path, failure: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,9 +132,20 @@ def test_an_import_that_fails_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    def refused(*_: Any) -> None:
+        raise StorageError("No space left in the database")
+
     with monkeypatch.context() as failing, ExitStack() as held:
         if failure == "disk":
             failing.setattr("tuner.study.imported.written_whole", full)
+        elif failure == "database":
+
+            def opened(*arguments: Any, **named: Any) -> Any:
+                store = open_store(*arguments, **named)
+                failing.setattr(store, "record", refused)
+                return store
+
+            failing.setattr("tuner.study.imported.open_store", opened)
         else:
             storage = f"sqlite:///{directory}/tuner.db"
             held.enter_context(hold_study(directory, storage, "study"))

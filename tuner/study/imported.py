@@ -53,6 +53,7 @@ from tuner.records import (
 )
 from tuner.report.format import count
 from tuner.store import exists, hold_study, open_store
+from tuner.store.database import database_file, parse_url
 from tuner.study.disk import taken_back
 from tuner.study.plan import RoundPlan
 from tuner.whole import forget_unpublished, lead, published, written_whole
@@ -109,11 +110,16 @@ def import_runs(
     plan = RoundPlan(file)
     _refuse_existing(plan.checkpoints)
     with _held(plan), taken_back(plan.checkpoints), ExitStack() as undo:
+        storage = plan.absolute.storage
+        if not exists(storage):
+            database = database_file(parse_url(storage))
+            for suffix in ("", "-wal", "-shm"):
+                undo.callback(Path(f"{database}{suffix}").unlink, missing_ok=True)
         undo.callback(shutil.rmtree, plan.checkpoints, ignore_errors=True)
         undo.callback(path.unlink, missing_ok=True)
         facts, notes = _written(plan, taken, horizon, clock)
         remarks += notes
-        with closing(open_store(plan.absolute.storage, study=plan.spec.study)) as store:
+        with closing(open_store(storage, study=plan.spec.study)) as store:
             store.record(*facts)
         undo.pop_all()
     return Imported(path, tuple(run.name for run in taken), tuple(remarks), tuple(unknown_of(file)))
