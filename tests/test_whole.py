@@ -28,6 +28,16 @@ def test_what_fails_half_way_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_two_that_write_one_file_do_not_share_a_draft(tmp_path: Path) -> None:
+    """Containers that share a disk: in each, tuner is process 1."""
+    path = tmp_path / "copy"
+    with written_whole(path) as one, written_whole(path) as other:
+        one.write_text("half of")
+        other.write_text("the whole")
+    assert path.read_text() == "half of"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_where_no_file_can_be_written_the_error_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError), written_whole(tmp_path / "file" / "below") as draft:
