@@ -22,7 +22,8 @@ def say(events: list[Event]) -> None:
 
 def obey(worker: SimulatedWorker, seconds: Callable[[], float]) -> int:
     """Do what the lines say and look for events at least every so many seconds; 1 when the parent is gone."""
-    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    # Not SimpleQueue: in Python 3.11 its `get` never returns if the time is over before it begins to wait.
+    lines: queue.Queue[str] = queue.Queue()
     threading.Thread(target=lambda: [*map(lines.put, sys.stdin), lines.put("")], daemon=True).start()
     while True:
         say(worker.events(0))
